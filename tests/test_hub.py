@@ -1,0 +1,381 @@
+"""Publishing with the real client, over HTTP, against a Hub on loopback."""
+
+import hashlib
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from hub_server import Account, Hub, client_settings, running_hub
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError
+
+from corda_convert.errors import InputNotFound, PublishFailed
+from corda_convert.hub import check_access, push_folder, translated_errors
+
+# The client's own way of handing a file to its HTTP library.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+GETADDRINFO = socket.getaddrinfo
+REPO = "alice/merged"
+CARD = "---\nlibrary_name: peft\ntags:\n- corda\n---\n\n# Merged\n"
+WEIGHTS = hashlib.shake_256(b"weights").digest(3 * 1024 * 1024)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A running Hub, with the client of this process configured as `Hub.environment` configures that of a child."""
+    with running_hub() as server:
+        home = tmp_path / "home"
+        for name, value in client_settings(server.endpoint, home).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.delenv("HF_OIDC_RESOURCE", raising=False)
+        # The client read its environment when it was first imported, possibly by another test module.
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+        for name, value in (("XET", True), ("TELEMETRY", True), ("PROGRESS_BARS", True), ("IMPLICIT_TOKEN", False)):
+            monkeypatch.setattr(constants, f"HF_HUB_DISABLE_{name}", value)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(socket, "getaddrinfo", only_loopback)
+        huggingface_hub.close_session()
+        yield server
+        huggingface_hub.close_session()
+
+
+def only_loopback(host: str, *arguments: object, **keywords: object):
+    """Fails the test, rather than the request, if the client of this process looks further than this machine."""
+    assert host == "127.0.0.1", f"the client looked up {host}"
+    return GETADDRINFO(host, *arguments, **keywords)
+
+
+@pytest.fixture
+def api(hub: Hub) -> HfApi:
+    return HfApi(endpoint=hub.endpoint, token=hub.token)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What a conversion leaves behind, with hidden files that are nobody's business."""
+    contents = {
+        "README.md": CARD.encode(),
+        "config.json": b'{"model_type": "llama"}\n',
+        "empty.txt": b"",
+        "model-00001-of-00002.safetensors": WEIGHTS,
+        "model-00002-of-00002.safetensors": WEIGHTS[::-1],
+        "model.safetensors.index.json": b'{"weight_map": {}}\n',
+        "tokenizer/vocabulary, é.txt": "ü\n".encode(),
+        "corda_init/adapter_model.safetensors": WEIGHTS[:1000],
+        ".cache/huggingface/x.lock": b"no",
+        ".hidden": b"no",
+    }
+    out = tmp_path / "the output"
+    for name, content in contents.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(content)
+    return out
+
+
+def shown_files(folder: Path) -> dict[str, bytes]:
+    names = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    return {n.as_posix(): p.read_bytes() for n, p in names.items() if not any(x.startswith(".") for x in n.parts)}
+
+
+def push(folder: Path, api: HfApi, *, private: bool = False, repo_id: str = REPO):
+    return push_folder(folder, repo_id, private=private, commit_message="Publish the merged model", api=api)
+
+
+def test_one_commit_holds_the_whole_folder(hub: Hub, api: HfApi, folder: Path, tmp_path: Path) -> None:
+    published = push(folder, api)
+
+    expected = shown_files(folder)
+    repository = hub.repositories[REPO]
+    assert repository.files() == expected
+    assert [(made.oid, made.title) for made in repository.history()] == [(published.commit, "Publish the merged model")]
+    assert published.repo_id == REPO
+    assert published.url == f"{hub.endpoint}/{REPO}"
+    assert (published.files, published.total_bytes) == (len(expected), sum(map(len, expected.values())))
+    stored = repository.resolve("main").files
+    assert {name for name, file in stored.items() if file.lfs} == {n for n in expected if n.endswith(".safetensors")}
+    assert len(hub.requests_to("/lfs-storage/", "PUT")) == 3
+    assert not repository.private
+
+    local = tmp_path / "downloaded"
+    huggingface_hub.snapshot_download(REPO, local_dir=local, endpoint=hub.endpoint, token=hub.token)
+    assert {n: c for n, c in shown_files(local).items() if n != ".gitattributes"} == expected
+
+
+def test_the_same_folder_again_is_no_new_commit(hub: Hub, api: HfApi, folder: Path) -> None:
+    first = push(folder, api)
+    assert push(folder, api) == first
+    assert len(hub.repositories[REPO].history()) == 1
+
+
+def test_a_changed_folder_is_a_second_commit_and_other_files_stay(hub: Hub, api: HfApi, folder: Path) -> None:
+    push(folder, api)
+    api.upload_file(path_or_fileobj=b"mine", path_in_repo="LICENSE", repo_id=REPO)
+    (folder / "config.json").write_bytes(b"{}\n")
+    push(folder, api)
+    assert hub.repositories[REPO].files() == {**shown_files(folder), "LICENSE": b"mine"}
+
+
+def test_other_weights_in_the_repository_are_refused(hub: Hub, api: HfApi, folder: Path) -> None:
+    push(folder, api)
+    (folder / "model-00002-of-00002.safetensors").rename(folder / "model.safetensors")
+    with pytest.raises(PublishFailed, match=r"model-00002-of-00002\.safetensors"):
+        push(folder, api)
+    assert len(hub.repositories[REPO].history()) == 1
+
+
+def test_private_is_private(hub: Hub, api: HfApi, folder: Path) -> None:
+    push(folder, api, private=True)
+    assert hub.repositories[REPO].private
+    stranger = HfApi(endpoint=hub.endpoint, token=hub.add_account(Account("bob")))
+    with pytest.raises(HfHubHTTPError) as caught:
+        stranger.list_repo_files(REPO)
+    assert caught.value.response.status_code == 404
+    push(folder, api, private=True)
+
+
+def test_private_into_a_public_repository_is_refused_before_uploading(hub: Hub, api: HfApi, folder: Path) -> None:
+    hub.add_repository(REPO)
+    for attempt in (lambda: push(folder, api, private=True), lambda: check_access(REPO, private=True, api=api)):
+        with pytest.raises(PublishFailed, match="exists and is public"):
+            attempt()
+    assert not hub.requests_to("preupload")
+    assert hub.repositories[REPO].files() == {}
+
+
+def test_an_organisation_of_the_account(hub: Hub, api: HfApi, folder: Path) -> None:
+    check_access("wonderland/merged", api=api)
+    push(folder, api, repo_id="wonderland/merged")
+    assert hub.repositories["wonderland/merged"].files() == shown_files(folder)
+
+
+@pytest.mark.parametrize(
+    "token",
+    ["hf_thisTokenIsNotKnownToTheServer", "unusual-secret", None],
+    ids=["wrong", "wrong and of another form", "none"],
+)
+def test_without_a_good_token(hub: Hub, folder: Path, token: str | None) -> None:
+    api = HfApi(endpoint=hub.endpoint, token=token)
+    for attempt in (lambda: push(folder, api), lambda: check_access(REPO, api=api)):
+        with pytest.raises(PublishFailed) as caught:
+            attempt()
+        assert caught.value.why
+        assert "hf auth login" in str(caught.value.next_step)
+        assert token is None or token not in str(caught.value)
+    assert hub.repositories == {}
+
+
+def test_not_logged_in(hub: Hub) -> None:
+    with pytest.raises(PublishFailed, match="hf auth login"):
+        check_access(REPO)
+    assert hub.requests == []
+
+
+def test_check_access_asks_little_and_changes_nothing(hub: Hub, api: HfApi) -> None:
+    check_access(REPO, private=True, api=api)
+    assert {request.method for request in hub.requests} == {"GET"}
+    assert hub.repositories == {}
+
+
+@pytest.mark.parametrize("repo_id", ["merged", "a/b/c", "alice/me--rged", "", "alice/merged.git", "./out", "alice/é"])
+def test_what_is_not_a_repository_name(hub: Hub, api: HfApi, folder: Path, repo_id: str) -> None:
+    for attempt in (lambda: push(folder, api, repo_id=repo_id), lambda: check_access(repo_id, api=api)):
+        with pytest.raises(PublishFailed, match="NAMESPACE/NAME"):
+            attempt()
+    assert hub.requests == []
+
+
+def test_the_namespace_of_somebody_else(hub: Hub, api: HfApi, folder: Path) -> None:
+    with pytest.raises(PublishFailed, match="neither the account nor one of its organisations: alice, wonderland"):
+        check_access("bob/merged", api=api)
+    with pytest.raises(PublishFailed, match="403"):
+        push(folder, api, repo_id="bob/merged")
+    hub.add_repository("bob/public")
+    with pytest.raises(PublishFailed, match="may write to this namespace"):
+        push(folder, api, repo_id="bob/public")
+    hub.add_repository("bob/gated").gated = True
+    with pytest.raises(PublishFailed):
+        push(folder, api, repo_id="bob/gated")
+    assert hub.repositories["bob/public"].files() == {}
+
+
+def test_a_token_that_may_only_read(hub: Hub, folder: Path) -> None:
+    api = HfApi(endpoint=hub.endpoint, token=hub.add_account(Account("alice", role="read")))
+    with pytest.raises(PublishFailed, match="may only read"):
+        check_access(REPO, api=api)
+    with pytest.raises(PublishFailed, match="403"):
+        push(folder, api)
+
+
+def test_a_failed_commit_shows_nothing_and_can_be_repeated(hub: Hub, api: HfApi, folder: Path) -> None:
+    hub.fail_next(f"{REPO}/commit/", status=500, message=f"out of order for {hub.token}")
+    with pytest.raises(PublishFailed) as caught:
+        push(folder, api, private=True)
+    message = str(caught.value)
+    assert "out of order for hf_***" in message
+    assert hub.token not in message
+    assert f"corda-convert push '{folder}' {REPO} --private" in message
+    assert hub.repositories[REPO].files() == {}
+
+    uploads = len(hub.requests_to("/lfs-storage/"))
+    push(folder, api, private=True)
+    assert hub.repositories[REPO].files() == shown_files(folder)
+    assert len(hub.requests_to("/lfs-storage/")) == uploads, "what was uploaded is not uploaded again"
+
+
+def test_an_upload_that_fails_once_is_repeated_by_the_client(hub: Hub, api: HfApi, folder: Path) -> None:
+    hub.fail_next("/lfs-storage/", status=503)
+    push(folder, api)
+    assert hub.repositories[REPO].files() == shown_files(folder)
+    assert len(hub.requests_to("/lfs-storage/")) == 4
+
+
+def test_a_refused_upload_is_told_with_its_cause(hub: Hub, api: HfApi, folder: Path) -> None:
+    hub.fail_next("/lfs-storage/", status=403, message="the storage is full")
+    with pytest.raises(PublishFailed, match="the storage is full") as caught:
+        push(folder, api)
+    assert "/lfs-storage/" in str(caught.value)
+    assert "Signature" not in str(caught.value)
+    assert hub.repositories[REPO].files() == {}
+
+
+@pytest.mark.parametrize(
+    ("path_substring", "status", "advice"),
+    [
+        ("/api/repos/create", 409, None),  # the repository exists: that is fine
+        ("/api/repos/create", 502, "try again later"),
+        (f"/api/models/{REPO}/tree", 404, "Check the name"),
+        ("/commit/main", 412, "Somebody else"),
+        ("/info/lfs/objects/verify", 422, "push it again"),
+    ],
+)
+def test_refusals_of_the_hub(
+    hub: Hub, api: HfApi, folder: Path, path_substring: str, status: int, advice: str | None
+) -> None:
+    hub.add_repository(REPO)
+    if advice is None:
+        push(folder, api)
+        return
+    hub.fail_next(path_substring, status=status, message="because")
+    with pytest.raises(PublishFailed, match=advice) as caught:
+        push(folder, api)
+    assert "because" in str(caught.value.why)
+    assert hub.repositories[REPO].files() == {}
+
+
+def test_a_commit_of_somebody_else_meanwhile(hub: Hub, api: HfApi, folder: Path) -> None:
+    class Meddled(HfApi):
+        def create_commit(self, *args, **kwargs):
+            hub.repositories[REPO].add_commit("main", "meanwhile", {})
+            return super().create_commit(*args, **kwargs)
+
+    with pytest.raises(PublishFailed, match="Somebody else"):
+        push(folder, Meddled(endpoint=hub.endpoint, token=hub.token))
+    assert hub.repositories[REPO].files() == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "problem"),
+    [
+        ("model-00001-of-00002.safetensors", lambda content: content[:-1], "bytes instead of"),
+        ("model-00001-of-00002.safetensors", lambda content: b"\xff" + content[1:], "another content"),
+        ("config.json", lambda content: content.upper(), "another content"),
+    ],
+)
+def test_what_the_hub_stored_otherwise_is_noticed(hub: Hub, api: HfApi, folder: Path, path, change, problem) -> None:
+    hub.corrupt_next(path, change)
+    with pytest.raises(PublishFailed, match=f"{path} .*{problem}") as caught:
+        push(folder, api)
+    assert "corda-convert push" in str(caught.value.next_step)
+
+
+def test_a_file_that_a_rule_of_the_repository_leaves_out_is_noticed(hub: Hub, api: HfApi, folder: Path) -> None:
+    hub.add_repository(REPO).ignored = ("*.json",)
+    with pytest.raises(PublishFailed, match=r"config\.json is missing"):
+        push(folder, api)
+
+
+def test_a_card_with_invalid_metadata(hub: Hub, api: HfApi, folder: Path) -> None:
+    (folder / "README.md").write_text("---\n: [\n---\n")
+    with pytest.raises(PublishFailed, match=r"Invalid metadata in README\.md"):
+        push(folder, api)
+    assert hub.repositories[REPO].files() == {}
+
+
+def test_nobody_answers(hub: Hub, folder: Path) -> None:
+    with running_hub() as gone:
+        pass
+    api = HfApi(endpoint=gone.endpoint, token=hub.token)
+    for attempt in (lambda: push(folder, api), lambda: check_access(REPO, api=api)):
+        with pytest.raises(PublishFailed, match="Check the connection"):
+            attempt()
+
+
+def test_offline(hub: Hub, api: HfApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(PublishFailed, match="Unset HF_HUB_OFFLINE"):
+        check_access(REPO, api=api)
+
+
+def test_folders_that_cannot_be_published(hub: Hub, api: HfApi, tmp_path: Path) -> None:
+    (tmp_path / "hidden" / ".cache").mkdir(parents=True)
+    (tmp_path / "hidden" / ".cache" / "x").touch()
+    for folder in (tmp_path / "absent", tmp_path / "hidden"):
+        with pytest.raises(InputNotFound):
+            push(folder, api)
+    assert hub.requests == []
+
+
+def test_mistakes_of_this_program_are_not_translated() -> None:
+    with pytest.raises(KeyError), translated_errors("Publishing failed."):
+        raise KeyError("a bug")
+
+
+def test_branches_and_ranges(hub: Hub, api: HfApi, folder: Path) -> None:
+    push(folder, api)
+    api.create_branch(REPO, branch="v1")
+    api.delete_file("config.json", REPO)
+    assert "config.json" in api.list_repo_files(REPO, revision="v1")
+    assert "config.json" not in api.list_repo_files(REPO)
+    url = f"{hub.endpoint}/{REPO}/resolve/v1/model-00001-of-00002.safetensors"
+    headers = {"Authorization": f"Bearer {hub.token}", "Range": "bytes=8-15"}
+    response = huggingface_hub.get_session().get(url, headers=headers)
+    assert (response.status_code, response.content) == (206, WEIGHTS[8:16])
+
+
+@pytest.mark.parametrize("logged_in", [True, False])
+def test_in_a_process_of_its_own(hub: Hub, folder: Path, tmp_path: Path, logged_in: bool) -> None:
+    """The endpoint and the token come from the environment alone, and torch is not needed."""
+    program = f"""
+import json, sys
+from pathlib import Path
+from corda_convert.errors import PublishFailed
+from corda_convert.hub import check_access, push_folder
+assert "huggingface_hub" not in sys.modules
+try:
+    check_access({REPO!r})
+    made = push_folder(Path({str(folder)!r}), {REPO!r}, commit_message="From a child")
+except PublishFailed as error:
+    raise SystemExit(str(error))
+assert "torch" not in sys.modules
+print(json.dumps([made.url, made.commit]))
+"""
+    environment = hub.environment(tmp_path / "child", token="" if logged_in else None)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    if logged_in:
+        (made,) = hub.repositories[REPO].history()
+        assert json.loads(done.stdout) == [f"{hub.endpoint}/{REPO}", made.oid]
+    else:
+        assert done.returncode == 1
+        assert "hf auth login" in done.stderr
+        assert "Traceback" not in done.stderr
