@@ -190,10 +190,10 @@ def _check_name(repo_id: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in an __all__
 
-    reason = "It has no namespace: the name of a user or of an organisation."
+    reason = "It needs a namespace (a user or an organisation), a name, and ASCII characters only."
     try:
         validate_repo_id(repo_id)
-        if "/" in repo_id:
+        if "/" in repo_id and repo_id.isascii():
             return
     except HFValidationError as error:
         reason = _redacted(_reason(error), None)
