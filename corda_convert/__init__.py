@@ -1,1 +1,58 @@
-"""corda_convert."""
+"""Convert, merge and publish CorDA, PiSSA, LoRA and Bone/MiSS checkpoints, one shard at a time.
+
+    from corda_convert import RunOptions, merge
+    merge("base-model", adapter="adapter", output="merged", run=RunOptions(device="cpu"))
+
+Importing this package does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from corda_convert.errors import CordaConvertError
+from corda_convert.version import __version__
+
+if TYPE_CHECKING:
+    from corda_convert.operations.decompose import DecomposeOptions, decompose
+    from corda_convert.operations.merge import MergeOptions, merge
+    from corda_convert.operations.options import Outcome, RunOptions
+    from corda_convert.operations.push import push
+    from corda_convert.operations.to_lora import ToLoraOptions, to_lora
+
+_HOMES = {
+    "decompose": "operations.decompose",
+    "DecomposeOptions": "operations.decompose",
+    "merge": "operations.merge",
+    "MergeOptions": "operations.merge",
+    "to_lora": "operations.to_lora",
+    "ToLoraOptions": "operations.to_lora",
+    "push": "operations.push",
+    "Outcome": "operations.options",
+    "RunOptions": "operations.options",
+}
+
+__all__ = [
+    "CordaConvertError",
+    "DecomposeOptions",
+    "MergeOptions",
+    "Outcome",
+    "RunOptions",
+    "ToLoraOptions",
+    "__version__",
+    "decompose",
+    "merge",
+    "push",
+    "to_lora",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"corda_convert.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'corda_convert' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

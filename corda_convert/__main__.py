@@ -1,0 +1,5 @@
+"""`python -m corda_convert`."""
+
+from corda_convert.cli import main
+
+main()

@@ -1,0 +1,362 @@
+"""PEFT's LoRA on Linear, Conv1D and Embedding, with rank and alpha patterns and rsLoRA; CorDA, PiSSA and OLoRA too.
+
+Everything is driven by the keys in the file. What this version does not fold is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from corda_convert.adapters.factors import Adapter, Initialization, Layout, RowFold, dimensions, some
+from corda_convert.adapters.source import CONFIG_FILE, AdapterSource, integer, number
+from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorRef, TensorSpec
+from corda_convert.errors import (
+    AdapterMismatch,
+    CordaConvertError,
+    UnsupportedInput,
+    raise_problems,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>A|B)\.weight$")
+_EMBEDDING_FACTOR = re.compile(r"^(?P<module>.+)\.lora_embedding_(?P<side>A|B)$")
+
+_RESIDUAL_INITS = ("corda", "pissa", "olora", "lora_ga")
+
+_UNSUPPORTED_OPTIONS = {
+    "use_dora": "DoRA", "lora_bias": "LoRA biases", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA",
+    "kasa_config": "KaSA", "arrow_config": "Arrow", "alora_invocation_tokens": "aLoRA",
+    "monteclora_config": "MonteCLoRA", "layer_replication": "layer replication",
+    "target_parameters": "LoRA on parameters (target_parameters)", "trainable_token_indices": "trainable tokens",
+    "loftq_config": "LoftQ",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFactors:
+    """LoRA factors of one module: `ΔW = s·B·A`, or `s·(BA − B₀A₀)` where the initial factors are given.
+
+    `lora_A` is (r, d_in), `lora_B` (d_out, r), as PEFT stores them for every layer type.
+    """
+
+    module_name: str
+    lora_A: TensorRef
+    lora_B: TensorRef
+    scaling: float
+    is_embedding: bool = False
+    initial_lora_A: TensorRef | None = None
+    initial_lora_B: TensorRef | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    def operands(self) -> Mapping[str, TensorRef]:
+        named = {
+            "lora_A": self.lora_A,
+            "lora_B": self.lora_B,
+            "initial_lora_A": self.initial_lora_A,
+            "initial_lora_B": self.initial_lora_B,
+        }
+        return {name: ref for name, ref in named.items() if ref is not None}
+
+    def streams(self, layout: Layout) -> frozenset[str]:
+        return frozenset({"lora_B", "initial_lora_B"} & set(self.operands())) if layout == "out_in" else frozenset()
+
+    def row_quantum(self) -> int:
+        return 1
+
+    def check(self, weight: TensorSpec, layout: Layout) -> list[CordaConvertError]:
+        if len(weight.shape) != 2:
+            return [
+                UnsupportedInput(
+                    f"{self.module_name}: its weight has {len(weight.shape)} dimensions {weight.shape}; this version "
+                    "folds LoRA into matrices only."
+                )
+            ]
+        d_out, d_in = dimensions(weight, layout)
+        if (self.lora_B.shape[0], self.lora_A.shape[1]) == (d_out, d_in):
+            return []
+        return [
+            AdapterMismatch(
+                f"Adapter does not fit {self.module_name}: the weight is ({d_out}, {d_in}), "
+                f"lora_B gives {self.lora_B.shape[0]} rows and lora_A {self.lora_A.shape[1]} columns."
+            )
+        ]
+
+    def begin(self, layout: Layout, whole: Mapping[str, Tensor], dtype: torch.dtype) -> RowFold:
+        if layout == "out_in":
+            return _LinearFold(self.scaling, {name: tensor.to(dtype) for name, tensor in whole.items()})
+        return _TransposedFold(self.scaling, {name: tensor.to(dtype) for name, tensor in whole.items()})
+
+    def describe(self) -> dict[str, object]:
+        return {"kind": "lora", "rank": self.rank, "scaling": self.scaling}
+
+
+@dataclass(frozen=True, slots=True)
+class _LinearFold:
+    """Rows are outputs: rows of B against the whole of A."""
+
+    scaling: float
+    whole: Mapping[str, Tensor]
+
+    def fold(self, rows: Tensor, first: int, streamed: Mapping[str, Tensor]) -> float:
+        from corda_convert.linalg import lora
+
+        right, left = self.whole["lora_A"], streamed["lora_B"].to(rows.dtype)
+        if "initial_lora_A" in self.whole:
+            initial = streamed["initial_lora_B"].to(rows.dtype)
+            right, left = lora.difference(right, left, self.whole["initial_lora_A"], initial)
+        return _add(rows, lora.delta(right, left, self.scaling))
+
+
+@dataclass(frozen=True, slots=True)
+class _TransposedFold:
+    """Rows are inputs: columns of A against the whole of B. The product is taken before the transpose, as PEFT does."""
+
+    scaling: float
+    whole: Mapping[str, Tensor]
+
+    def fold(self, rows: Tensor, first: int, streamed: Mapping[str, Tensor]) -> float:
+        from corda_convert.linalg import lora
+
+        columns = slice(first, first + rows.shape[0])
+        right, left = self.whole["lora_A"][:, columns], self.whole["lora_B"]
+        if "initial_lora_A" in self.whole:
+            initial = self.whole["initial_lora_A"][:, columns]
+            right, left = lora.difference(right, left, initial, self.whole["initial_lora_B"])
+        return _add(rows, lora.delta(right, left, self.scaling).T)
+
+
+def _add(rows: Tensor, change: Tensor) -> float:
+    import torch
+
+    rows += change
+    return float(torch.linalg.vector_norm(change)) ** 2
+
+
+@dataclass(frozen=True, slots=True)
+class LoraScaling:
+    """Rank and scaling of each module, by PEFT's own rules (`get_pattern_key`, `LoraLayer.update_layer`)."""
+
+    rank: int
+    alpha: float
+    use_rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+
+    def rank_of(self, module_name: str) -> int:
+        return self.rank_pattern.get(pattern_key(self.rank_pattern, module_name), self.rank)
+
+    def alpha_of(self, module_name: str) -> float:
+        return self.alpha_pattern.get(pattern_key(self.alpha_pattern, module_name), self.alpha)
+
+    def scaling_of(self, module_name: str) -> float:
+        rank, alpha = self.rank_of(module_name), self.alpha_of(module_name)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def unmatched(self, module_names: Iterable[str]) -> list[str]:
+        """Patterns that no module takes."""
+        names = list(module_names)
+        used = {pattern_key(pattern, name) for pattern in (self.rank_pattern, self.alpha_pattern) for name in names}
+        return [key for key in {**self.rank_pattern, **self.alpha_pattern} if key not in used]
+
+
+def pattern_key(patterns: Iterable[str], module_name: str) -> str:
+    """The first pattern that the end of the module's path matches, or the path itself. Raises `AdapterMismatch`."""
+    for pattern in patterns:
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module_name):
+                return pattern
+        except re.error as error:
+            raise AdapterMismatch(
+                f"{CONFIG_FILE}: the pattern {pattern!r} is no regular expression: {error}."
+            ) from None
+    return module_name
+
+
+def read_scaling(config: dict[str, Any]) -> LoraScaling:
+    """Rank, alpha and patterns of a LoRA config. Raises `AdapterMismatch`."""
+    rank_pattern = config.get("rank_pattern") or {}
+    alpha_pattern = config.get("alpha_pattern") or {}
+    if not isinstance(rank_pattern, dict) or not isinstance(alpha_pattern, dict):
+        raise AdapterMismatch(f"{CONFIG_FILE}: rank_pattern and alpha_pattern must be objects.")
+    return LoraScaling(
+        rank=integer(config, "r", 8),
+        alpha=number(config, "lora_alpha", 8),
+        use_rslora=bool(config.get("use_rslora", False)),
+        rank_pattern={key: integer(rank_pattern, key, 1) for key in rank_pattern},
+        alpha_pattern={key: number(alpha_pattern, key, 1) for key in alpha_pattern},
+    )
+
+
+def initialization(config: dict[str, Any]) -> Initialization:
+    """Whether the config itself says that the adapter was trained beside a residual."""
+    init = str(config.get("init_lora_weights", True)).lower()
+    return "residual" if init.startswith(_RESIDUAL_INITS) else "plain"
+
+
+class LoraFormat:
+    """`peft_type: LORA`."""
+
+    peft_types = ("LORA",)
+
+    def parse(self, source: AdapterSource) -> Adapter:
+        problems: list[CordaConvertError] = list(_unsupported(source))
+        scaling = read_scaling(source.config)
+        sides: dict[str, dict[str, TensorRef]] = {}
+        embeddings: set[str] = set()
+        rest: dict[str, TensorRef] = {}
+        for key, ref in source.tensors.items():
+            match = _FACTOR.match(key) or _EMBEDDING_FACTOR.match(key)
+            if match is None:
+                rest[key] = ref
+                continue
+            sides.setdefault(match["module"], {})[match["side"]] = ref
+            if match.re is _EMBEDDING_FACTOR:
+                embeddings.add(match["module"])
+        modules = []
+        for module, pair in sides.items():
+            factors = _factors(source, module, pair, scaling, module in embeddings)
+            if isinstance(factors, LoraFactors):
+                modules.append(factors)
+            else:
+                problems.append(factors)
+        problems += _pattern_problems(scaling, sides)
+        replacements, leftovers = split_replacements(source, rest)
+        problems += leftovers
+        raise_problems(problems)
+        return Adapter(source, "lora", initialization(source.config), tuple(modules), replacements)
+
+
+def _unsupported(source: AdapterSource) -> Iterable[CordaConvertError]:
+    for option, what in _UNSUPPORTED_OPTIONS.items():
+        if source.config.get(option):
+            yield UnsupportedInput(
+                f"{source.name} uses {what} ({option} in {CONFIG_FILE}), which this version does not fold.",
+                next_step="Merge it with PEFT's merge_and_unload for now.",
+            )
+    if str(source.config.get("init_lora_weights")).lower() == "loftq":
+        yield UnsupportedInput(f"{source.name} was initialized with LoftQ, which needs the quantized base.")
+
+
+def _factors(
+    source: AdapterSource, module: str, pair: dict[str, TensorRef], scaling: LoraScaling, is_embedding: bool
+) -> LoraFactors | CordaConvertError:
+    if set(pair) != {"A", "B"}:
+        (present,) = pair
+        return AdapterMismatch(
+            f"{source.name}: {module} has lora_{present} but no lora_{'B' if present == 'A' else 'A'}.",
+            why="The adapter file is incomplete.",
+        )
+    A, B = pair["A"], pair["B"]
+    for side, ref in pair.items():
+        if ref.spec.dtype not in COMPUTABLE_DTYPES:
+            return UnsupportedInput(f"{source.name}: lora_{side} of {module} has the dtype {ref.spec.dtype}.")
+    if len(A.shape) > 2 or len(B.shape) > 2:
+        return UnsupportedInput(
+            f"{source.name}: {module} is a convolution (lora_A {A.shape}), which this version does not fold."
+        )
+    rank = scaling.rank_of(module)
+    if len(A.shape) != 2 or len(B.shape) != 2 or A.shape[0] != rank or B.shape[1] != rank:
+        return AdapterMismatch(
+            f"{source.name}: {module} has lora_A {A.shape} and lora_B {B.shape}; {CONFIG_FILE} says rank {rank}, so "
+            f"({rank}, d_in) and (d_out, {rank}) were expected.",
+            why="The config and the weights are not of one adapter.",
+        )
+    return LoraFactors(module, A, B, scaling.scaling_of(module), is_embedding)
+
+
+def _pattern_problems(scaling: LoraScaling, modules: Iterable[str]) -> list[CordaConvertError]:
+    unmatched = scaling.unmatched(modules)
+    if not unmatched:
+        return []
+    return [
+        AdapterMismatch(
+            f"{CONFIG_FILE}: no adapted module matches the rank or alpha pattern {some(unmatched)}.",
+            why="The patterns and the weights are not of one adapter, or a name was mistyped in training.",
+            next_step="Correct or remove the pattern in the config.",
+        )
+    ]
+
+
+def split_replacements(
+    source: AdapterSource, rest: dict[str, TensorRef]
+) -> tuple[dict[str, TensorRef], list[CordaConvertError]]:
+    """Tells parameters that replace the base's (modules_to_save, trained biases) from keys that nobody knows."""
+    replacements: dict[str, TensorRef] = {}
+    unknown: list[str] = []
+    saved = source.config.get("modules_to_save") or []
+    bias = str(source.config.get("bias", "none"))
+    for key, ref in rest.items():
+        name = key.replace(".base_layer.", ".").replace(".modules_to_save.", ".").replace(".original_module.", ".")
+        module = name.rpartition(".")[0]
+        is_saved = any(module == saved_name or f".{module}.".find(f".{saved_name}.") >= 0 for saved_name in saved)
+        if is_saved or (name.endswith(".bias") and bias != "none"):
+            replacements[name] = ref
+        else:
+            unknown.append(key)
+    if not unknown:
+        return replacements, []
+    return replacements, [
+        UnsupportedInput(
+            f"{source.name}: {len(unknown)} tensors are of no kind that this version folds: {some(unknown)}.",
+            why="Nothing of an adapter is dropped silently.",
+        )
+    ]
+
+
+def with_initial(adapter: Adapter, initial: Adapter) -> Adapter:
+    """The adapter with the initial factors of each module, for `s·(BA − B₀A₀)`.
+
+    Raises `AdapterMismatch` unless both have the same modules, shapes and scaling.
+    """
+    before = {factors.module_name: factors for factors in initial.modules if isinstance(factors, LoraFactors)}
+    after = {factors.module_name: factors for factors in adapter.modules if isinstance(factors, LoraFactors)}
+    if before.keys() != after.keys():
+        odd = sorted(before.keys() ^ after.keys())
+        raise AdapterMismatch(
+            f"{adapter.source.name} and the initial adapter {initial.source.name} do not have the same modules: "
+            f"{some(odd)} stand in only one of them.",
+            why="The initial adapter is of another training run.",
+            next_step="Give the corda_init folder that the training started from as --init.",
+        )
+    problems: list[CordaConvertError] = []
+    modules = []
+    for name, factors in after.items():
+        initial_factors = before[name]
+        if (factors.lora_A.shape, factors.lora_B.shape) != (initial_factors.lora_A.shape, initial_factors.lora_B.shape):
+            problems.append(
+                AdapterMismatch(
+                    f"{name}: the adapter has lora_A {factors.lora_A.shape}, lora_B {factors.lora_B.shape}, the "
+                    f"initial adapter {initial_factors.lora_A.shape}, {initial_factors.lora_B.shape}."
+                )
+            )
+        elif not math.isclose(factors.scaling, initial_factors.scaling, rel_tol=1e-9):
+            problems.append(
+                AdapterMismatch(
+                    f"{name}: the adapter scales by {factors.scaling:g}, the initial adapter by "
+                    f"{initial_factors.scaling:g}; they must agree.",
+                    next_step="Compare r, lora_alpha, use_rslora and the patterns of both configs.",
+                )
+            )
+        modules.append(
+            LoraFactors(
+                name,
+                factors.lora_A,
+                factors.lora_B,
+                factors.scaling,
+                factors.is_embedding,
+                initial_factors.lora_A,
+                initial_factors.lora_B,
+            )
+        )
+    raise_problems(problems)
+    return Adapter(adapter.source, "lora", "plain", tuple(modules), adapter.replacements)

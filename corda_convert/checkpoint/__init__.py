@@ -1,0 +1,1 @@
+"""Reading checkpoints: files, headers, indexes, and the names and module types behind them."""

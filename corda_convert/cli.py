@@ -1,0 +1,317 @@
+"""The command line: click → operation → print. The one place that catches our errors.
+
+Exit status: 0 done; 1 refused or failed, with what, why and the next step; 2 wrong usage; 130 interrupted.
+Nothing here imports torch before an operation needs it, so help and a wrong path answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from corda_convert.errors import CordaConvertError
+from corda_convert.version import __version__
+
+if TYPE_CHECKING:
+    from corda_convert.hub import Publication
+    from corda_convert.operations.options import Outcome, RunOptions
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 1 << 10,
+    "mi": 1 << 20,
+    "gi": 1 << 30,
+    "ti": 1 << 40,
+}
+
+
+class Size(click.ParamType):
+    """Bytes, with a decimal or binary unit: 700MB, 1.5GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", str(value).lower())
+        if match is None:
+            self.fail(f"{value!r} is no size; write 700MB or 1.5GiB", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+class Damp(click.ParamType):
+    """A number, or `peft`."""
+
+    name = "number|peft"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "peft":
+            return value
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            self.fail(f"{value!r} is neither a number nor 'peft'", param, ctx)
+
+
+def run_options(command: _Command) -> _Command:
+    """The options that every command that writes a folder has."""
+    options = (
+        click.option(
+            "-o", "--output", required=True, type=click.Path(path_type=Path), help="Output folder; must be new."
+        ),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16", "float16"]),
+            help="Dtype of the output's weights. [default: each tensor's own]",
+        ),
+        click.option("--max-memory", type=Size(), help="Most memory to use, the program included, such as 700MB."),
+        click.option("--dry-run", is_flag=True, help="Plan and check everything; write nothing."),
+        click.option("--overwrite", is_flag=True, help="Replace an output that corda-convert made."),
+        click.option("--push-to", metavar="REPO_ID", help="Publish the output to this Hub repository (owner/name)."),
+        click.option("--private", is_flag=True, help="Make that repository private."),
+        click.option("--json", "as_json", is_flag=True, help="Print the receipt as one JSON object on stdout."),
+        click.option("-q", "--quiet", is_flag=True, help="No progress and no summary."),
+        click.option("-v", "--verbose", is_flag=True, help="Also list every tensor that was changed."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="corda-convert")
+def cli() -> None:
+    """Convert, merge and publish CorDA, PiSSA, LoRA and Bone/MiSS checkpoints, one shard at a time.
+
+    No command ever holds the whole model in memory, and none writes anything before all inputs are checked. Every
+    output folder has a receipt, corda_convert.json, that says what was done to each tensor.
+    """
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--cov", "covariances", type=click.Path(path_type=Path), help="Covariances: safetensors, or PEFT's file.")
+@click.option(
+    "--mode",
+    required=True,
+    type=click.Choice(["ipm", "kpm"]),
+    help="ipm: the largest components, to learn the task. kpm: the smallest, to keep the knowledge.",
+)
+@click.option("--rank", required=True, type=click.IntRange(min=1), help="Rank of the adapter.")
+@click.option("--alpha", type=float, help="lora_alpha. [default: the rank, a scaling of 1]")
+@click.option(
+    "--method", default="corda", show_default=True, type=click.Choice(["corda", "svd"]), help="svd is PiSSA's."
+)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="NAME",
+    help="Module to decompose: path, end of path, or regex; repeatable. [default: every Linear but lm_head]",
+)
+@click.option(
+    "--damp", default="0.01", show_default=True, type=Damp(), help="Covariance damping; peft: PEFT's own rule."
+)
+@run_options
+def decompose(model: Path, covariances: Path | None, **options: Any) -> None:
+    """Split MODEL into a residual and the CorDA (or PiSSA) adapter to train beside it.
+
+    Writes the residual model to OUTPUT and the initial adapter to OUTPUT/corda_init. Train it with PEFT:
+
+    \b
+      residual = AutoModelForCausalLM.from_pretrained(OUTPUT)
+      model = PeftModel.from_pretrained(residual, OUTPUT, subfolder="corda_init", is_trainable=True)
+
+    Example: corda-convert decompose fixtures/model --cov fixtures/covariances/knowledge.safetensors
+    --mode kpm --rank 8 -o residual
+    """
+    output = _check_paths(options, ("model", model), ("covariance file", covariances))
+    from corda_convert.operations import decompose as operation
+
+    chosen = operation.DecomposeOptions(
+        mode=options["mode"],
+        rank=options["rank"],
+        alpha=options["alpha"],
+        method=options["method"],
+        damp=options["damp"],
+        targets=options["targets"],
+    )
+    _report(
+        operation.decompose(model, output=output, options=chosen, covariances=covariances, run=_run(options)), options
+    )
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--adapter", required=True, type=click.Path(path_type=Path), help="Folder of the trained adapter.")
+@click.option(
+    "--init",
+    type=click.Path(path_type=Path),
+    help="Initial adapter (corda_init), to merge a residual adapter into the base.",
+)
+@click.option(
+    "--rounding",
+    default="nearest",
+    show_default=True,
+    type=click.Choice(["nearest", "peft"]),
+    help="nearest: round once. peft: PEFT's bits, where it rounds twice (embeddings).",
+)
+@click.option("--as-is", is_flag=True, help="Do not ask whether the adapter belongs on a residual.")
+@run_options
+def merge(model: Path, adapter: Path, init: Path | None, **options: Any) -> None:
+    """Fold a trained adapter into MODEL's weights.
+
+    Takes LoRA (rsLoRA, rank and alpha patterns), CorDA, PiSSA and OLoRA, and Bone/MiSS. A residual adapter goes into
+    its residual, or into the base with --init; anything else is refused.
+
+    Example: corda-convert merge fixtures/model --adapter fixtures/adapters/lora -o merged
+    """
+    output = _check_paths(options, ("model", model), ("adapter", adapter), ("initial adapter", init))
+    from corda_convert.operations import merge as operation
+
+    chosen = operation.MergeOptions(init=init, rounding=options["rounding"], as_is=options["as_is"])
+    _report(operation.merge(model, adapter=adapter, output=output, options=chosen, run=_run(options)), options)
+
+
+@cli.command("to-lora")
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option(
+    "--init", required=True, type=click.Path(path_type=Path), help="Initial adapter (corda_init) of the training."
+)
+@click.option("--base", help="Name of the base model for the new adapter's config.")
+@run_options
+def to_lora(adapter: Path, init: Path, **options: Any) -> None:
+    """Convert an ADAPTER trained beside a residual into an ordinary LoRA for the base model.
+
+    Writes [A; A0] and [B | -B0], of twice the rank, which PEFT and the servers load on the unmodified base.
+
+    Example: corda-convert to-lora fixtures/adapters/corda --init fixtures/residual/corda_init -o lora
+    """
+    output = _check_paths(options, ("adapter", adapter), ("initial adapter", init))
+    from corda_convert.operations import to_lora as operation
+
+    chosen = operation.ToLoraOptions(base=options["base"])
+    _report(operation.to_lora(adapter, init=init, output=output, options=chosen, run=_run(options)), options)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("repo_id")
+@click.option("--private", is_flag=True, help="Make the repository private.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was published as one JSON object on stdout.")
+def push(folder: Path, repo_id: str, private: bool, as_json: bool) -> None:
+    """Publish FOLDER, an output of corda-convert, to the Hub repository REPO_ID (owner/name).
+
+    The folder is first compared with its receipt; everything goes up in one commit, which is checked afterwards.
+
+    Example: corda-convert push merged alice/merged-model --private
+    """
+    from corda_convert.operations import push as operation
+
+    publication = operation.push(folder, repo_id, private=private)
+    if as_json:
+        click.echo(json.dumps(_publication(publication)))
+    else:
+        _print_publication(publication)
+
+
+def _check_paths(options: dict[str, Any], *paths: tuple[str, Path | None]) -> Path:
+    """Refuses paths that are not there, before torch is imported. Returns the output."""
+    from corda_convert.checkpoint.folder import missing_path
+
+    for what, path in paths:
+        if path is not None and not path.exists():
+            raise missing_path(path, what)
+    output: Path = options["output"]
+    return output
+
+
+def _run(options: dict[str, Any]) -> RunOptions:
+    from corda_convert.operations.options import RunOptions
+
+    return RunOptions(
+        device=options["device"],
+        dtype=options["dtype"],
+        max_memory_bytes=options["max_memory"],
+        dry_run=options["dry_run"],
+        overwrite=options["overwrite"],
+        push_to=options["push_to"],
+        private=options["private"],
+        progress=not options["quiet"],
+    )
+
+
+def _report(outcome: Outcome, options: dict[str, Any]) -> None:
+    for warning in outcome.warnings:
+        click.echo(f"Note: {warning}", err=True)
+    if options["as_json"]:
+        published = {} if outcome.publication is None else {"published": _publication(outcome.publication)}
+        click.echo(json.dumps({**outcome.receipt, **published}, indent=1, ensure_ascii=False))
+    elif not options["quiet"]:
+        _print_summary(outcome, dry_run=options["dry_run"], verbose=options["verbose"])
+        if outcome.publication is not None:
+            _print_publication(outcome.publication)
+
+
+def _print_summary(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
+    from corda_convert.output.summary import describe, describe_plan, describe_tensors
+
+    if dry_run:
+        click.echo(describe_plan(outcome.receipt, outcome.output))
+        return
+    if verbose:
+        click.echo(describe_tensors(outcome.receipt))
+    click.echo(describe(outcome.receipt, outcome.output))
+
+
+def _publication(publication: Publication) -> dict[str, Any]:
+    return {
+        "repo_id": publication.repo_id,
+        "url": publication.url,
+        "commit": publication.commit,
+        "files": publication.files,
+        "bytes": publication.total_bytes,
+    }
+
+
+def _print_publication(publication: Publication) -> None:
+    click.echo(
+        f"Published {publication.files} files ({publication.total_bytes / 1e6:,.1f} MB) as {publication.repo_id}, "
+        f"commit {publication.commit[:12]}: {publication.url}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits with its status."""
+    try:
+        status = cli.main(args=arguments, prog_name="corda-convert", standalone_mode=False)
+    except CordaConvertError as refusal:
+        click.echo(f"Error: {refusal}", err=True)
+        sys.exit(1)
+    except click.exceptions.Abort:
+        click.echo("Interrupted; nothing was written.", err=True)
+        sys.exit(130)
+    except click.ClickException as usage:
+        usage.show()
+        sys.exit(usage.exit_code)
+    except KeyboardInterrupt:
+        click.echo("Interrupted; nothing was written.", err=True)
+        sys.exit(130)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""The one loop: read · transform · write, overlapping, for every command. It knows no format and no method.
+
+Three threads pass slots of reused buffers along two queues: the reader fills a slot with `pread`, the caller's thread
+runs the transform's step, the writer writes and hashes. Runs of untouched bytes are copied by the kernel. What the
+plan promised in memory is what is allocated: a slot is the only place where tensors wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from corda_convert.checkpoint.safetensors_file import SafetensorsFile
+from corda_convert.checkpoint.tensors import torch_dtype
+from corda_convert.output.digests import SequentialDigest
+from corda_convert.output.shard_writer import ShardWriter
+from corda_convert.plan.model import BUFFER_ALIGNMENT, Chunk, ComputeJob, CopyJob, Facts, PackedFile, Plan, Read, Write
+
+if TYPE_CHECKING:
+    import torch
+
+_T = TypeVar("_T")
+
+COPY_BYTES = 32 << 20
+"""Copies are cut at this length: the step of progress, and of the digests' reading."""
+
+Progress = Callable[[str, int], None]
+"""Called with a tensor's name and the bytes just written."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file as it was written: path inside the output folder, size, SHA-256 in hex."""
+
+    name: str
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """What a run did: files written, facts by job, whole-file digests of the inputs that were read front to back."""
+
+    files: tuple[FileRecord, ...]
+    facts: Mapping[str, Facts]
+    input_digests: Mapping[Path, str]
+    seconds: float
+    read_seconds: float
+    compute_seconds: float
+    write_seconds: float
+
+
+def run(plan: Plan, folder: Path, device: torch.device, progress: Progress | None = None) -> RunRecord:
+    """Runs the plan's jobs in order and writes its files into `folder`, which exists.
+
+    Raises whatever a source or a transform refuses with, after all threads have stopped and all files are closed.
+    """
+    return _Run(plan, folder, device, progress or (lambda _name, _nbytes: None)).run()
+
+
+@dataclass(slots=True)
+class _Slot:
+    """Buffers of one chunk on its way: operands side by side in one, outputs in the other."""
+
+    operands: torch.Tensor
+    outputs: torch.Tensor
+
+
+@dataclass(slots=True)
+class _Work:
+    """A chunk in its slot, or a copy, which has none."""
+
+    job: ComputeJob | CopyJob
+    chunk: Chunk | None = None
+    slot: _Slot | None = None
+    first: bool = False
+    last: bool = False
+
+
+class _Stopped(Exception):
+    """Another thread has failed; this one ends quietly."""
+
+
+class _Run:
+    def __init__(self, plan: Plan, folder: Path, device: torch.device, progress: Progress) -> None:
+        self.plan = plan
+        self.folder = folder
+        self.device = device
+        self.progress = progress
+        self.stop = threading.Event()
+        self.failure: BaseException | None = None
+        self.free: queue.Queue[_Slot | None] = queue.Queue()
+        self.read: queue.Queue[_Work | None] = queue.Queue(maxsize=max(plan.slots, 2))
+        self.computed: queue.Queue[_Work | None] = queue.Queue(maxsize=max(plan.slots, 2))
+        self.digests: dict[Path, SequentialDigest] = {}
+        self.facts: dict[str, Facts] = {}
+        self.records: list[FileRecord] = []
+        self.seconds = {"read": 0.0, "compute": 0.0, "write": 0.0}
+        for _ in range(plan.slots):
+            self.free.put(None)  # a slot is allocated when it is first needed
+
+    def run(self) -> RunRecord:
+        begun = time.perf_counter()
+        threads = [
+            threading.Thread(target=self._guard, args=(loop,), name=name, daemon=True)
+            for name, loop in (("reader", self._read_all), ("writer", self._write_all))
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            self._compute_all()
+        except _Stopped:
+            pass
+        except BaseException as failure:
+            self._fail(failure)
+        for thread in threads:
+            thread.join()
+        if self.failure is not None:
+            raise self.failure
+        return RunRecord(
+            files=tuple(self.records),
+            facts=self.facts,
+            input_digests={path: text for path, digest in self.digests.items() if (text := digest.hexdigest())},
+            seconds=time.perf_counter() - begun,
+            read_seconds=self.seconds["read"],
+            compute_seconds=self.seconds["compute"],
+            write_seconds=self.seconds["write"],
+        )
+
+    def _guard(self, loop: Callable[[], None]) -> None:
+        try:
+            loop()
+        except _Stopped:
+            pass
+        except BaseException as failure:
+            self._fail(failure)
+
+    def _fail(self, failure: BaseException) -> None:
+        if self.failure is None:
+            self.failure = failure
+        self.stop.set()
+
+    def _take(self, source: queue.Queue[_T]) -> _T:
+        while not self.stop.is_set():
+            with contextlib.suppress(queue.Empty):
+                return source.get(timeout=0.1)
+        raise _Stopped
+
+    def _give(self, target: queue.Queue[_T], item: _T) -> None:
+        while not self.stop.is_set():
+            with contextlib.suppress(queue.Full):
+                return target.put(item, timeout=0.1)
+        raise _Stopped
+
+    @contextlib.contextmanager
+    def _busy(self, stage: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.seconds[stage] += time.perf_counter() - begun
+
+    def _read_all(self) -> None:
+        for job in self.plan.jobs:
+            if isinstance(job, CopyJob):
+                with self._busy("read"):
+                    self._digest_source(job)
+                self._give(self.read, _Work(job))
+                continue
+            for index, chunk in enumerate(job.chunks):
+                slot = self._take(self.free) or self._allocate()
+                with self._busy("read"):
+                    self._fill(slot, chunk)
+                first, last = index == 0, index == len(job.chunks) - 1
+                self._give(self.read, _Work(job, chunk, slot, first, last))
+        self._give(self.read, None)
+
+    def _allocate(self) -> _Slot:
+        import torch
+
+        pinned = self.device.type == "cuda"
+        sizes = (self.plan.read_buffer_bytes, self.plan.write_buffer_bytes)
+        return _Slot(*(torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes))
+
+    def _fill(self, slot: _Slot, chunk: Chunk) -> None:
+        for read, view in zip(chunk.reads, _parts(slot.operands, chunk.reads), strict=True):
+            bytes_view = _memory(view)
+            read.file.read_into(read.tensor, read.begin, bytes_view)
+            digest = self._digest(read.file)
+            if digest is not None:
+                digest.update(_offset_in_file(read), bytes_view)
+
+    def _digest(self, file: object) -> SequentialDigest | None:
+        if not isinstance(file, SafetensorsFile):
+            return None
+        if file.path not in self.digests:
+            self.digests[file.path] = SequentialDigest(file.header.file_bytes)
+            header = bytearray(file.header.data_begin)
+            file.read_bytes_into(0, memoryview(header))
+            self.digests[file.path].update(0, memoryview(header))
+        return self.digests[file.path]
+
+    def _digest_source(self, job: CopyJob) -> None:
+        """Hashes what will be copied. It also brings it into the page cache, ahead of the copy."""
+        digest = self._digest(job.source)
+        if digest is None or digest.is_broken:
+            return
+        buffer = memoryview(bytearray(min(COPY_BYTES, job.nbytes)))
+        for begin, nbytes in _pieces(job.nbytes):
+            job.source.read_bytes_into(job.source_offset + begin, buffer[:nbytes])
+            digest.update(job.source_offset + begin, buffer[:nbytes])
+            if self.stop.is_set():
+                raise _Stopped
+
+    def _compute_all(self) -> None:
+        session = None
+        while (work := self._take(self.read)) is not None:
+            if work.chunk is not None and work.slot is not None and isinstance(work.job, ComputeJob):
+                with self._busy("compute"):
+                    if work.first or session is None:
+                        session = work.job.transform.begin(self.device)
+                    inputs = _named_tensors(slot=work.slot.operands, parts=work.chunk.reads)
+                    outputs = _named_tensors(slot=work.slot.outputs, parts=work.chunk.writes)
+                    session.step(inputs, outputs)
+                    if work.last:
+                        self.facts[work.job.name] = {"action": work.job.transform.action, **session.facts()}
+                        session = None
+            self._give(self.computed, work)
+        self._give(self.computed, None)
+
+    def _write_all(self) -> None:
+        with contextlib.ExitStack() as stack:
+            writers = {file.name: stack.enter_context(self._open(file)) for file in self.plan.files}
+            while (work := self._take(self.computed)) is not None:
+                with self._busy("write"):
+                    if work.chunk is not None and work.slot is not None:
+                        for write, view in zip(
+                            work.chunk.writes, _parts(work.slot.outputs, work.chunk.writes), strict=True
+                        ):
+                            writers[write.file_name].write(write.offset, _memory(view))
+                            self.progress(write.tensor, write.nbytes)
+                        self.free.put(work.slot)
+                    elif isinstance(work.job, CopyJob):
+                        self._copy(work.job, writers[work.job.file_name])
+            self.records = [FileRecord(name, *writer.finish()) for name, writer in writers.items()]
+
+    def _open(self, file: PackedFile) -> ShardWriter:
+        return ShardWriter(self.folder / file.name, file.header, file.nbytes)
+
+    def _copy(self, job: CopyJob, writer: ShardWriter) -> None:
+        for begin, nbytes in _pieces(job.nbytes):
+            writer.copy(job.offset + begin, job.source.descriptor, job.source_offset + begin, nbytes)
+            self.progress(job.names[0], nbytes)
+            if self.stop.is_set():
+                raise _Stopped
+
+
+def _pieces(nbytes: int) -> Iterator[tuple[int, int]]:
+    for begin in range(0, nbytes, COPY_BYTES):
+        yield begin, min(COPY_BYTES, nbytes - begin)
+
+
+def _offset_in_file(read: Read) -> int:
+    file = read.file
+    assert isinstance(file, SafetensorsFile)  # noqa: S101 - the caller has a digest, which only such a file has
+    return file.header.extents[read.tensor].begin + read.begin
+
+
+def _parts(slot: torch.Tensor, parts: tuple[Read, ...] | tuple[Write, ...]) -> Iterator[torch.Tensor]:
+    """The slot's bytes for each part, one after the other at aligned places."""
+    position = 0
+    for part in parts:
+        yield slot[position : position + part.nbytes]
+        position += -(-part.nbytes // BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT
+
+
+def _named_tensors(slot: torch.Tensor, parts: tuple[Read, ...] | tuple[Write, ...]) -> dict[str, torch.Tensor]:
+    names = (part.operand if isinstance(part, Read) else part.tensor for part in parts)
+    views = zip(names, parts, _parts(slot, parts), strict=True)
+    return {name: view.view(torch_dtype(part.dtype)).view(part.shape) for name, part, view in views}
+
+
+def _memory(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous uint8 tensor on the host. Valid as long as the tensor is."""
+    array = (ctypes.c_ubyte * tensor.numel()).from_address(tensor.data_ptr())
+    return memoryview(array).cast("B")

@@ -1,0 +1,183 @@
+"""Whether an adapter, its initial adapter and a model belong together, judged by their numbers.
+
+Names and configs get lost or lie; a residual adapter merged onto the base, or a base adapter onto a residual, gives a
+model that is silently wrong. A few modules are read before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+from corda_convert.adapters.factors import Adapter, Layout
+from corda_convert.adapters.lora import LoraFactors
+from corda_convert.checkpoint.folder import INITIAL_ADAPTER_FOLDER, Checkpoint
+from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorRef, read_tensor
+from corda_convert.errors import AdapterMismatch
+from corda_convert.linalg import lora
+from corda_convert.output.receipt import is_residual, read_receipt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SAMPLED_MODULES = 4
+"""Modules that are read for a judgement: the smallest ones, so that it costs milliseconds."""
+
+REPEATED_SHARE = 0.5
+"""Above this cosine between `s·B·A` and the weight's own part in B's column space, the adapter repeats the weight."""
+
+
+def sample(modules: Sequence[LoraFactors]) -> list[LoraFactors]:
+    """A few small modules, by a fixed rule."""
+    return sorted(modules, key=lambda factors: factors.lora_A.spec.nbytes + factors.lora_B.spec.nbytes)[
+        :SAMPLED_MODULES
+    ]
+
+
+def correlation(first: TensorRef, second: TensorRef) -> float:
+    """The cosine between two tensors of one shape; 0 for a zero tensor."""
+    a, b = read_tensor(first).double().flatten(), read_tensor(second).double().flatten()
+    norms = float(a.norm() * b.norm())
+    return float(a @ b) / norms if norms > 0 else 0.0
+
+
+def check_same_training(adapter: Adapter, initial: Adapter) -> None:
+    """Refuses an initial adapter from which this one cannot have been trained.
+
+    Training moves A away from A₀ but does not forget it: their cosine stays far above that of unrelated matrices,
+    1/√n for n entries. Raises `AdapterMismatch` with the cosines.
+    """
+    modules = {factors.module_name: factors for factors in initial.modules if isinstance(factors, LoraFactors)}
+    pairs = [
+        (factors, modules[factors.module_name])
+        for factors in sample([factors for factors in adapter.modules if isinstance(factors, LoraFactors)])
+        if factors.module_name in modules and modules[factors.module_name].lora_A.shape == factors.lora_A.shape
+    ]
+    found = [(mine, correlation(mine.lora_A, theirs.lora_A)) for mine, theirs in pairs]
+    if found and all(cosine < 5 / mine.lora_A.spec.elements**0.5 for mine, cosine in found):
+        listed = ", ".join(f"{mine.module_name} {cosine:+.3f}" for mine, cosine in found)
+        raise AdapterMismatch(
+            f"{adapter.source.name} was not trained from the initial adapter {initial.source.name}: lora_A of the one has "
+            f"nothing of lora_A of the other (cosine {listed}).",
+            why="The initial adapter is of another training run.",
+            next_step="Give the corda_init folder that this training started from.",
+        )
+
+
+def check_base_of_initial(initial: Adapter, weights: dict[str, tuple[TensorRef, Layout]], model: Checkpoint) -> None:
+    """With `--init`, MODEL must be the base. Refuses one from which `s·B₀A₀` was already taken.
+
+    For projection methods `s·B₀A₀ = Q Qᵀ W` on the base, while `Qᵀ W_res = 0`. Raises `AdapterMismatch`.
+    """
+    if is_residual(read_receipt(model.root) if model.is_folder else None):
+        raise AdapterMismatch(
+            f"{model.name} is a residual (its receipt says: decompose), and --init is for merging into the base.",
+            next_step="Leave out --init, or give the base model.",
+        )
+    shares = _shares(initial, weights)
+    if shares and median(abs(share) for share in shares) < 0.05:
+        raise AdapterMismatch(
+            f"{model.name} is not the model that {initial.source.name} was taken from: the initial factors make up "
+            f"{median(shares):.1%} of the weight in their own column space; on the base it is 100 %.",
+            why="MODEL is the residual already, or another model.",
+            next_step="Give the base model, or leave out --init if MODEL is the residual.",
+        )
+
+
+def check_plain(adapter: Adapter, weights: dict[str, tuple[TensorRef, Layout]], model: Checkpoint) -> None:
+    """Without `--init`: refuses a residual adapter on a model that is not its residual, and the reverse.
+
+    Raises `AdapterMismatch` with what gave it away: the model's receipt, the adapter's config, the place that its base
+    name points to, or its numbers.
+    """
+    loras = [factors for factors in adapter.modules if isinstance(factors, LoraFactors)]
+    receipt = read_receipt(model.root) if model.is_folder else None
+    if is_residual(receipt):
+        return _check_on_residual(adapter, model)
+    if not loras:
+        return None
+    shares = _shares(adapter, weights)
+    if shares and median(shares) > REPEATED_SHARE:
+        raise _needs_initial(adapter, model, f"its B·A repeats {median(shares):.0%} of {model.name}'s own weight there")
+    named = Path(adapter.source.base_name) if adapter.source.base_name else None
+    if (
+        named is not None
+        and named.is_dir()
+        and named.resolve() != model.root.resolve()
+        and is_residual(read_receipt(named))
+    ):
+        raise _needs_initial(adapter, model, f"its base_model_name_or_path {named} is a residual")
+    if adapter.initialization == "residual":
+        method = adapter.source.config.get("init_lora_weights")
+        raise _needs_initial(adapter, model, f"its config says init_lora_weights={method!r}")
+    if adapter.source.config.get("corda_config") and not _is_converted(loras) and not _is_named_for(adapter, model):
+        raise _needs_initial(
+            adapter, model, "its config has a corda_config, and its factors are not a converted LoRA's"
+        )
+    return None
+
+
+def _check_on_residual(adapter: Adapter, model: Checkpoint) -> None:
+    from corda_convert.adapters import read_adapter
+
+    folder = model.root / INITIAL_ADAPTER_FOLDER
+    if not folder.is_dir():
+        return
+    initial = read_adapter(folder)
+    mine = {factors.module_name for factors in adapter.modules}
+    theirs = {factors.module_name for factors in initial.modules}
+    if adapter.kind != "lora" or mine != theirs:
+        raise AdapterMismatch(
+            f"{model.name} is a residual, and {adapter.source.name} was not trained beside it: it adapts other modules than "
+            f"{folder.name}.",
+            why="It was trained on the base model.",
+            next_step="Merge it into the base model.",
+        )
+    check_same_training(adapter, initial)
+
+
+def _needs_initial(adapter: Adapter, model: Checkpoint, evidence: str) -> AdapterMismatch:
+    return AdapterMismatch(
+        f"{adapter.source.name} was trained beside a residual, and {model.name} is not that residual: {evidence}.",
+        why="Merged as it is, the part that the residual lacks would be added twice.",
+        next_step="Merge into the residual, or into the base with --init DIR (the corda_init folder). "
+        "If you know that it belongs on this model as it is, say --as-is.",
+    )
+
+
+def _is_named_for(adapter: Adapter, model: Checkpoint) -> bool:
+    """Whether the adapter's `base_model_name_or_path` is this model's folder, or at least ends in its name."""
+    named = adapter.source.base_name
+    return bool(named) and (Path(named).resolve() == model.root.resolve() or Path(named).name == model.name)
+
+
+def _shares(adapter: Adapter, weights: dict[str, tuple[TensorRef, Layout]]) -> list[float]:
+    shares = []
+    for factors in sample([factors for factors in adapter.modules if isinstance(factors, LoraFactors)]):
+        weight, layout = weights[factors.module_name]
+        if weight.spec.dtype in COMPUTABLE_DTYPES and weight.spec.elements <= 1 << 28:
+            A, B = read_tensor(factors.lora_A), read_tensor(factors.lora_B)
+            shares.append(lora.projection_share(_oriented(read_tensor(weight), layout), A, B, factors.scaling))
+    return shares
+
+
+def _oriented(weight: Tensor, layout: Layout) -> Tensor:
+    return weight if layout == "out_in" else weight.T
+
+
+def _is_converted(modules: Sequence[LoraFactors]) -> bool:
+    """Whether the factors look like `[A; A₀]`, `[B | −B₀]`, PEFT's converted LoRA: two halves that are much alike."""
+    votes = []
+    for factors in sample(modules):
+        A, B = read_tensor(factors.lora_A).double(), read_tensor(factors.lora_B).double()
+        half, odd = divmod(factors.rank, 2)
+        if odd:
+            return False
+        cosines = [
+            float((x * y).sum() / (x.norm() * y.norm()).clamp(min=1e-300))
+            for x, y in ((A[:half], A[half:]), (B[:, :half], -B[:, half:]))
+        ]
+        votes.append(all(cosine > 0.3 for cosine in cosines))
+    return sum(votes) * 2 > len(votes)

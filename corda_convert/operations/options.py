@@ -1,0 +1,95 @@
+"""What every command takes, and what it gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from corda_convert.errors import UnsupportedInput
+
+if TYPE_CHECKING:
+    import torch
+
+    from corda_convert.hub import Publication
+    from corda_convert.plan.model import Plan
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""`--dtype`, and the safetensors name behind it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """Options that mean the same for every command.
+
+    Attributes:
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; auto takes CUDA where there is one.
+        dtype: dtype of the output's floating-point tensors (`float32`, `bfloat16`, `float16`); None keeps each one's own.
+        max_memory_bytes: bound on the process's memory, the program itself included; None for no bound.
+        dry_run: plan and check everything, write nothing.
+        overwrite: replace an output folder that this program made.
+        push_to: Hub repository to publish the output to, `owner/name`.
+        private: make that repository private.
+        progress: show a progress bar on stderr.
+    """
+
+    device: str = "auto"
+    dtype: str | None = None
+    max_memory_bytes: int | None = None
+    dry_run: bool = False
+    overwrite: bool = False
+    push_to: str | None = None
+    private: bool = False
+    progress: bool = False
+
+    @property
+    def output_dtype(self) -> str | None:
+        """The safetensors dtype name, or None. Raises `UnsupportedInput`."""
+        if self.dtype is None:
+            return None
+        if self.dtype not in DTYPES:
+            raise UnsupportedInput(f"Unknown dtype {self.dtype!r}.", next_step=f"Choose one of {', '.join(DTYPES)}.")
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a command did, or would do.
+
+    Attributes:
+        output: the output folder.
+        plan: files, bytes and memory, known before any work.
+        receipt: the content of `corda_convert.json`; for a dry run, the same with what is planned.
+        publication: where it was pushed, if it was.
+        warnings: what the user should look at although the run went on.
+    """
+
+    output: Path
+    plan: Plan
+    receipt: dict[str, Any]
+    publication: Publication | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of `--device`. Raises `UnsupportedInput` for one that is not there."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UnsupportedInput(
+            f"Unknown device {name!r}.", next_step="Choose auto, cpu, cuda, cuda:N or mps."
+        ) from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UnsupportedInput(f"Unknown device {name!r}.", next_step="Choose auto, cpu, cuda, cuda:N or mps.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UnsupportedInput(
+            f"There is no device {name}: torch sees {torch.cuda.device_count()} CUDA devices.",
+            next_step="Use --device cpu, or install a CUDA build of torch.",
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UnsupportedInput("There is no device mps here.", next_step="Use --device cpu.")
+    return device

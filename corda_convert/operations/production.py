@@ -1,0 +1,319 @@
+"""From a command's plan to a sealed output folder, the same way for every command."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from corda_convert import engine, hub
+from corda_convert.checkpoint.folder import INDEX_FILE, Checkpoint
+from corda_convert.checkpoint.safetensors_file import SafetensorsFile
+from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorFile
+from corda_convert.operations.options import Outcome, RunOptions, resolve_device
+from corda_convert.operations.transforms import CastTransform
+from corda_convert.output import staging
+from corda_convert.output.digests import file_sha256
+from corda_convert.output.model_card import Card, render_card
+from corda_convert.output.receipt import RECEIPT_FORMAT, RECEIPT_FORMAT_VERSION, tool, write_receipt
+from corda_convert.output.side_files import SideFile, json_file
+from corda_convert.plan.model import ComputeJob, Copied, Facts, OutputFileSpec, Plan, Produced, Transform
+from corda_convert.plan.packing import pack
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A folder or file that a command reads, and its part in it. `digest_always` for small ones, read out of order."""
+
+    role: str
+    path: Path
+    files: tuple[TensorFile, ...]
+    digest_always: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Production:
+    """Everything that is known of an output before any weight is read.
+
+    Attributes:
+        command: the command's name.
+        options: what the user chose, for the receipt; no absolute paths, no secrets.
+        output: the output folder.
+        inputs: what is read.
+        files: the safetensors files to write.
+        side_files: everything else but index, card and receipt.
+        index_metadata: the index's metadata, where the output has an index.
+        card: for the model card.
+        left_behind: files of the source that are not carried over.
+        facts: further facts for the receipt, known beforehand.
+        warnings: for the user.
+    """
+
+    command: str
+    options: Mapping[str, Any]
+    output: Path
+    inputs: tuple[Input, ...]
+    files: tuple[OutputFileSpec, ...]
+    side_files: tuple[SideFile, ...]
+    card: Card
+    index_metadata: Mapping[str, Any] | None = None
+    left_behind: tuple[str, ...] = ()
+    facts: Facts = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+def checkpoint_files(
+    checkpoint: Checkpoint, touched: Mapping[str, Transform], dtype: str | None
+) -> tuple[OutputFileSpec, ...]:
+    """The checkpoint's own shards again: touched tensors from their transforms, the others copied or cast."""
+    files = []
+    for shard in checkpoint.shards:
+        tensors: list[Produced | Copied] = []
+        for name, spec in shard.specs.items():
+            target = output_dtype(spec.dtype, dtype)
+            if name in touched:
+                tensors.append(Produced(spec.with_dtype(target), touched[name]))
+            elif target != spec.dtype:
+                tensors.append(Produced(spec.with_dtype(target), CastTransform(checkpoint.tensors[name], target)))
+            else:
+                tensors.append(Copied(spec, shard, name))
+        name = shard.path.name if checkpoint.is_folder else "model.safetensors"
+        files.append(OutputFileSpec(name, tuple(tensors), shard.metadata))
+    return tuple(files)
+
+
+def output_dtype(stored: str, wanted: str | None) -> str:
+    """A tensor's dtype in the output: its own, or the wanted one for plain floating-point numbers."""
+    return wanted if wanted is not None and stored in COMPUTABLE_DTYPES else stored
+
+
+def produce(production: Production, run: RunOptions) -> Outcome:
+    """Plans, checks, and unless it is a dry run: writes, seals and publishes.
+
+    Raises one of our errors; then the output is as it was before.
+    """
+    staging.check_output(production.output, [source.path for source in production.inputs], overwrite=run.overwrite)
+    if run.push_to is not None:
+        hub.check_access(run.push_to)
+    device = resolve_device(run.device)
+    baseline = _resident_bytes()
+    budget = None if run.max_memory_bytes is None else run.max_memory_bytes - baseline
+    plan = pack(production.files, max_memory_bytes=budget)
+    side_bytes = sum(file.nbytes for file in production.side_files)
+    staging.check_space(production.output, plan.write_bytes + side_bytes)
+    receipt = _planned_receipt(production, plan, baseline)
+    if run.dry_run:
+        return Outcome(production.output, plan, {**receipt, "dry_run": True}, warnings=production.warnings)
+    with staging.staging_folder(production.output) as folder:
+        receipt = _fill(production, plan, folder, device, run, receipt)
+    publication = None
+    if run.push_to is not None:
+        message = f"{production.command} with corda-convert"
+        publication = hub.push_folder(production.output, run.push_to, private=run.private, commit_message=message)
+    return Outcome(production.output, plan, receipt, publication, production.warnings)
+
+
+def _fill(
+    production: Production, plan: Plan, folder: Path, device: torch.device, run: RunOptions, receipt: dict[str, Any]
+) -> dict[str, Any]:
+    begun = time.perf_counter()
+    with _progress(plan, enabled=run.progress) as progress:
+        record = engine.run(plan, folder, device, progress)
+    for side_file in _side_files(production, plan):
+        side_file.write(folder)
+    tensors = _tensor_facts(plan, record.facts)
+    summary = summarize(tensors)
+    facts = {**receipt, "inputs": _inputs(production, record.input_digests), "tensors": tensors, "summary": summary}
+    card = render_card(production.card, facts, repo_id=run.push_to, folder_name=production.output.name)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    digests = {file.name: file.sha256 for file in record.files}
+    facts["files"] = [_file_entry(folder, path, digests) for path in sorted(_all_files(folder))]
+    facts["run"] = {
+        "device": str(device),
+        "seconds": round(time.perf_counter() - begun, 3),
+        "busy_seconds": {
+            "read": round(record.read_seconds, 3),
+            "compute": round(record.compute_seconds, 3),
+            "write": round(record.write_seconds, 3),
+        },
+        "peak_memory_bytes": peak_resident_bytes(),
+        "peak_device_memory_bytes": _peak_device_bytes(device),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    write_receipt(folder, facts)
+    return facts
+
+
+def _planned_receipt(production: Production, plan: Plan, baseline: int) -> dict[str, Any]:
+    return {
+        "format": RECEIPT_FORMAT,
+        "format_version": RECEIPT_FORMAT_VERSION,
+        "tool": tool(),
+        "command": production.command,
+        "options": dict(production.options),
+        **production.facts,
+        "warnings": list(production.warnings),
+        "not_carried_over": list(production.left_behind),
+        "plan": {
+            "read_bytes": plan.read_bytes,
+            "write_bytes": plan.write_bytes,
+            "memory_bytes": baseline + plan.memory_bytes,
+            "buffer_bytes": plan.memory_bytes,
+            "slots": plan.slots,
+            "worst_step": plan.worst_job,
+            "tensors": _actions(plan),
+        },
+    }
+
+
+def _actions(plan: Plan) -> dict[str, int]:
+    actions: dict[str, int] = {}
+    for job in plan.jobs:
+        if isinstance(job, ComputeJob):
+            actions[job.transform.action] = actions.get(job.transform.action, 0) + 1
+        else:
+            actions["copied"] = actions.get("copied", 0) + len(job.names)
+    return actions
+
+
+def _tensor_facts(plan: Plan, facts: Mapping[str, Facts]) -> list[dict[str, Any]]:
+    """One entry for each output tensor. A job's facts stand at its first output; its others refer to that one."""
+    owners = {
+        write.tensor: job.name
+        for job in plan.jobs
+        if isinstance(job, ComputeJob)
+        for chunk in job.chunks
+        for write in chunk.writes
+    }
+    entries = []
+    for file in plan.files:
+        for spec in file.specs:
+            entry: dict[str, Any] = {
+                "name": spec.name,
+                "file": file.name,
+                "dtype": spec.dtype,
+                "shape": list(spec.shape),
+            }
+            owner = owners.get(spec.name)
+            if owner is None:
+                entry["action"] = "copied"
+            elif owner == spec.name:
+                entry |= facts.get(owner, {})
+            else:
+                entry |= {"action": facts.get(owner, {}).get("action"), "with": owner}
+            entries.append(entry)
+    return entries
+
+
+def summarize(tensors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Counts by action, and the totals of the norms that the tensors' facts give."""
+    listed = list(tensors)
+    actions: dict[str, int] = {}
+    for entry in listed:
+        if "with" not in entry:
+            actions[str(entry["action"])] = actions.get(str(entry["action"]), 0) + 1
+    totals = {
+        name: sum(float(entry[name]) ** 2 for entry in listed if name in entry) ** 0.5
+        for name in ("weight_norm", "delta_norm", "rounding_norm")
+        if any(name in entry for entry in listed)
+    }
+    return {"tensors": actions, **totals}
+
+
+def _inputs(production: Production, digests: Mapping[Path, str]) -> list[dict[str, Any]]:
+    """Names, sizes and digests. A large file that was not read front to back has its header's digest only."""
+    entries = []
+    for source in production.inputs:
+        files = []
+        for file in source.files:
+            digest = digests.get(file.path)
+            if digest is None and source.digest_always:
+                digest = file_sha256(file.path)
+            entry: dict[str, Any] = {"name": file.path.name, "bytes": file.path.stat().st_size, "sha256": digest}
+            if isinstance(file, SafetensorsFile):
+                entry["header_sha256"] = file.header_sha256()
+            files.append(entry)
+            file.close()
+        entries.append({"role": source.role, "name": source.path.resolve().name, "files": files})
+    return entries
+
+
+def _side_files(production: Production, plan: Plan) -> tuple[SideFile, ...]:
+    if production.index_metadata is None:
+        return production.side_files
+    weights = [file for file in plan.files if "/" not in file.name]
+    index = {
+        "metadata": {
+            **production.index_metadata,
+            "total_size": sum(spec.nbytes for file in weights for spec in file.specs),
+        },
+        "weight_map": {name: file for name, file in sorted((s.name, f.name) for f in weights for s in f.specs)},
+    }
+    return (*production.side_files, json_file(INDEX_FILE, index))
+
+
+def _file_entry(folder: Path, path: Path, digests: Mapping[str, str]) -> dict[str, Any]:
+    name = path.relative_to(folder).as_posix()
+    return {"name": name, "bytes": path.stat().st_size, "sha256": digests.get(name) or file_sha256(path)}
+
+
+def _all_files(folder: Path) -> Iterable[Path]:
+    return (path for path in folder.rglob("*") if path.is_file())
+
+
+def peak_resident_bytes() -> int:
+    """The process's peak resident memory so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _resident_bytes() -> int:
+    """What the process holds now: interpreter, torch, and the headers."""
+    import torch
+
+    torch.get_num_threads()  # brings in what torch loads late
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * resource.getpagesize()
+    except OSError:
+        return peak_resident_bytes()
+
+
+def _peak_device_bytes(device: torch.device) -> int | None:
+    import torch
+
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None
+
+
+class _progress:  # noqa: N801 - used as a with statement only
+    """A bar by bytes on stderr with the tensor's name, only on a terminal."""
+
+    def __init__(self, plan: Plan, *, enabled: bool) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=plan.work_bytes,
+            unit="B",
+            unit_scale=True,
+            disable=None if enabled else True,
+            file=sys.stderr,
+            leave=False,
+            mininterval=0.2,
+        )
+
+    def __enter__(self) -> Callable[[str, int], None]:
+        def advance(name: str, nbytes: int) -> None:
+            self._bar.set_postfix_str(name, refresh=False)
+            self._bar.update(nbytes)
+
+        return advance
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()

@@ -1,0 +1,59 @@
+"""The receipt `corda_convert.json`: what was done, from what, and what every output file must be."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+from corda_convert.checkpoint.folder import RECEIPT_FILE, read_json
+from corda_convert.errors import MalformedFile
+from corda_convert.version import __version__
+
+RECEIPT_FORMAT = "corda_convert.receipt"
+RECEIPT_FORMAT_VERSION = 1
+
+
+def tool() -> dict[str, Any]:
+    """Versions of this program and of what its bits depend on."""
+    import torch
+
+    return {
+        "name": "corda-convert",
+        "version": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": f"{sys.platform} {platform.machine()}",
+    }
+
+
+def encode_receipt(receipt: dict[str, Any]) -> str:
+    return json.dumps(receipt, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_receipt(folder: Path, receipt: dict[str, Any]) -> None:
+    (folder / RECEIPT_FILE).write_text(encode_receipt(receipt), encoding="utf-8")
+
+
+def read_receipt(folder: Path) -> dict[str, Any] | None:
+    """The receipt of a folder that this program made, or None. Raises `MalformedFile` for a damaged one."""
+    path = folder / RECEIPT_FILE
+    if not path.is_file():
+        return None
+    receipt = read_json(path)
+    if receipt.get("format") != RECEIPT_FORMAT:
+        raise MalformedFile(f"{path} is no receipt of corda-convert.")
+    if receipt.get("format_version") != RECEIPT_FORMAT_VERSION:
+        raise MalformedFile(
+            f"{path} has the receipt version {receipt.get('format_version')!r}; this program knows "
+            f"{RECEIPT_FORMAT_VERSION}.",
+            next_step="Install the version of corda-convert that wrote it.",
+        )
+    return receipt
+
+
+def is_residual(receipt: dict[str, Any] | None) -> bool:
+    """Whether the folder holds a residual, whose weights lack what its `corda_init` adds."""
+    return receipt is not None and receipt.get("command") == "decompose"

@@ -1,0 +1,83 @@
+"""A safetensors file written header first, then its tensors at their known places, hashed on the way."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+
+from corda_convert.errors import OutputRefused
+from corda_convert.output.digests import SequentialDigest, file_sha256
+
+
+class ShardWriter:
+    """Writes one file whose header and size are known before its first tensor.
+
+    Raises `OutputRefused` when the disk is full or fails.
+    """
+
+    def __init__(self, path: Path, header: bytes, nbytes: int) -> None:
+        self.path = path
+        self.nbytes = nbytes
+        self._digest = SequentialDigest(nbytes)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self.write(0, memoryview(header))
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def write(self, offset: int, view: memoryview) -> None:
+        """Writes the bytes at the absolute `offset`."""
+        done = 0
+        try:
+            while done < len(view):
+                done += os.pwrite(self._descriptor, view[done:], offset + done)
+        except OSError as error:
+            raise self._refusal(error) from None
+        self._digest.update(offset, view)
+
+    def copy(self, offset: int, source: int, source_offset: int, nbytes: int) -> None:
+        """Copies bytes of another open file inside the kernel, where the file systems can."""
+        done = 0
+        try:
+            while done < nbytes:
+                count = _copy_range(source, self._descriptor, nbytes - done, source_offset + done, offset + done)
+                if count == 0:
+                    raise OutputRefused(f"The source of {self.path.name} became shorter while it was copied.")
+                done += count
+            if not self._digest.is_broken:
+                self._digest.update(offset, os.pread(self._descriptor, nbytes, offset))
+        except OSError as error:
+            raise self._refusal(error) from None
+
+    def finish(self) -> tuple[int, str]:
+        """Closes the file. Returns its size and SHA-256. Raises `OutputRefused` if a byte is missing."""
+        written = os.fstat(self._descriptor).st_size
+        self._close()
+        if written != self.nbytes:
+            raise OutputRefused(f"{self.path.name} has {written:,} bytes, {self.nbytes:,} were planned.")
+        return written, self._digest.hexdigest() or file_sha256(self.path)
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _refusal(self, error: OSError) -> OutputRefused:
+        return OutputRefused(
+            f"Writing {self.path.name} failed: {error.strerror}.",
+            next_step="Free disk space or choose another --output.",
+        )
+
+
+def _copy_range(source: int, target: int, count: int, source_offset: int, offset: int) -> int:
+    try:
+        return os.copy_file_range(source, target, count, source_offset, offset)
+    except (AttributeError, OSError):  # another file system, or one without it: through memory
+        return os.pwrite(target, os.pread(source, min(count, 8 << 20), source_offset), offset)

@@ -1,0 +1,106 @@
+"""A receipt in a few lines for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def describe(receipt: Mapping[str, Any], output: Path) -> str:
+    """What was done, what it cost, where it is."""
+    run, summary = receipt["run"], receipt["summary"]
+    nbytes = sum(file["bytes"] for file in receipt["files"])
+    lines = [f"{_headline(receipt)} → {output}"]
+    counted = ", ".join(f"{count} {action}" for action, count in summary["tensors"].items())
+    lines.append(f"  tensors  {counted}")
+    lines += _details(receipt)
+    lines.append(f"  wrote    {len(receipt['files'])} files, {size(nbytes)}, in {run['seconds']:.1f} s")
+    device = run["peak_device_memory_bytes"]
+    memory = f"  memory   {size(run['peak_memory_bytes'])} at the peak"
+    lines.append(memory + (f", {size(device)} on {run['device']}" if device else f", on {run['device']}"))
+    lines.append("  receipt  corda_convert.json")
+    return "\n".join(lines)
+
+
+def describe_plan(receipt: Mapping[str, Any], output: Path) -> str:
+    """What a dry run found."""
+    plan = receipt["plan"]
+    counted = ", ".join(f"{count} {action}" for action, count in plan["tensors"].items())
+    return "\n".join(
+        [
+            f"Would {_headline(receipt, done=False)} → {output} (dry run: all checks passed, nothing was written)",
+            f"  tensors  {counted}",
+            *_details(receipt),
+            f"  read     {size(plan['read_bytes'])}",
+            f"  write    {size(plan['write_bytes'])}",
+            f"  memory   {size(plan['memory_bytes'])} at most, of which {size(plan['buffer_bytes'])} buffers and workspace; "
+            f"the largest step is {plan['worst_step'] or 'a copy'}",
+        ]
+    )
+
+
+def describe_tensors(receipt: Mapping[str, Any]) -> str:
+    """One line for each tensor that was changed."""
+    lines = []
+    for entry in receipt["tensors"]:
+        if entry["action"] == "copied" or "with" in entry:
+            continue
+        text = f"{entry['action']:<12} {entry['name']}"
+        if entry.get("weight_norm"):
+            text += f"  ‖Δ‖/‖W‖ {entry['delta_norm'] / entry['weight_norm']:.2e}"
+        if "certificate" in entry:
+            text += f"  residual {entry['certificate']['residual']:.1e}"
+        lines.append(text)
+    return "\n".join(lines)
+
+
+def size(nbytes: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:,.2f} {unit}" if unit == "GB" else f"{nbytes / scale:,.1f} {unit}"
+    return f"{nbytes} B"
+
+
+def _headline(receipt: Mapping[str, Any], *, done: bool = True) -> str:
+    options = receipt["options"]
+    if receipt["command"] == "merge":
+        into = f"{options['adapter']} into {options['model']}"
+        return f"{'Merged' if done else 'merge'} {into}" + (f" with {options['init']}" if options["init"] else "")
+    if receipt["command"] == "decompose":
+        how = f"{options['method']}, {options['mode']}, rank {options['rank']}"
+        return f"{'Decomposed' if done else 'decompose'} {options['model']} ({how})"
+    return f"{'Converted' if done else 'convert'} {options['adapter']} with {options['init']} to LoRA"
+
+
+def _details(receipt: Mapping[str, Any]) -> list[str]:
+    lines = []
+    adapter = receipt.get("adapter")
+    if adapter:
+        scalings = ", ".join(f"{value:g}" for value in adapter["scalings"])
+        text = f"  adapter  {adapter['kind']}, {adapter['modules']} modules, rank {_list(adapter['ranks'])}"
+        if scalings:
+            text += f", alpha {adapter['alpha']:g}, scaling {scalings}"
+        lines.append(text)
+    covariances = receipt.get("covariances")
+    if covariances:
+        known = [f"{covariances[key]} {key}" for key in ("samples", "tokens") if covariances.get(key)]
+        lines.append(f"  covs     {covariances['matrices']} matrices" + (f" from {', '.join(known)}" if known else ""))
+    if receipt["command"] == "to-lora":
+        baked = ", scaling baked into lora_B" if receipt["scaling_baked_in"] else ""
+        lines.append(f"  LoRA     rank {receipt['rank']}, alpha {receipt['alpha']:g}{baked}")
+    summary = receipt.get("summary", {})
+    if summary.get("weight_norm"):
+        text = f"  change   ‖ΔW‖/‖W‖ {summary['delta_norm'] / summary['weight_norm']:.2e}"
+        if summary.get("rounding_norm"):
+            text += f", rounding {summary['rounding_norm'] / summary['weight_norm']:.1e}"
+        lines.append(text)
+    left = receipt.get("not_carried_over")
+    if left:
+        lines.append(f"  left     {_list(left)}: not carried over")
+    return lines
+
+
+def _list(values: list[Any], most: int = 6) -> str:
+    text = ", ".join(str(value) for value in values[:most])
+    return text + (f" and {len(values) - most} more" if len(values) > most else "")

@@ -1,0 +1,217 @@
+"""The frozen plan: files to write, jobs that fill them in order, bytes and memory.
+
+A command builds `OutputFileSpec`s; `packing.pack` turns them into a `Plan`; the engine runs it. Everything here exists
+before one weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from corda_convert.checkpoint.safetensors_file import SafetensorsFile
+    from corda_convert.checkpoint.tensors import TensorFile, TensorRef, TensorSpec
+
+Facts = dict[str, Any]
+"""What a receipt says of one tensor: JSON values by name."""
+
+
+class Session(Protocol):
+    """One job while it runs. `step` is called once for each chunk, in order."""
+
+    def step(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
+        """Reads `inputs` (host memory, by operand name) and fills `outputs` (host memory, by tensor name).
+
+        Both are buffers that the engine takes back when `step` returns. Raises one of our errors to stop the run.
+        """
+        ...
+
+    def facts(self) -> Facts:
+        """For the receipt, once the last chunk is done."""
+        ...
+
+
+class Transform(Protocol):
+    """What one job needs and yields, known from headers alone, and how to start it."""
+
+    @property
+    def action(self) -> str:
+        """One word for the receipt: folded, decomposed, cast, replaced, concatenated."""
+        ...
+
+    @property
+    def whole(self) -> Mapping[str, TensorRef]:
+        """Operands that are read whole, before the first step."""
+        ...
+
+    @property
+    def streamed(self) -> Mapping[str, TensorRef]:
+        """Operands read by the same blocks of rows as the one output; none for a job done in one step."""
+        ...
+
+    @property
+    def row_quantum(self) -> int:
+        """Row blocks begin at multiples of this."""
+        ...
+
+    def workspace_bytes(self, rows: int) -> int:
+        """Memory for the computation on `rows` rows beside operands and outputs (0 rows: all of them)."""
+        ...
+
+    def begin(self, device: torch.device) -> Session: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Produced:
+    """A tensor that a transform yields. Tensors of one transform may lie in several files."""
+
+    spec: TensorSpec
+    transform: Transform
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """A tensor whose bytes go through untouched."""
+
+    spec: TensorSpec
+    source: SafetensorsFile
+    source_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFileSpec:
+    """A safetensors file to write: its path inside the output folder and its tensors in order."""
+
+    name: str
+    tensors: tuple[Produced | Copied, ...]
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Bytes of one operand: `nbytes` from `begin` of the tensor, seen as `shape`."""
+
+    operand: str
+    file: TensorFile
+    tensor: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Bytes of one output: `nbytes` at the absolute `offset` of the file, seen as `shape`."""
+
+    tensor: str
+    file_name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One step of a compute job: what is read for it and what it writes."""
+
+    reads: tuple[Read, ...]
+    writes: tuple[Write, ...]
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(_aligned(read.nbytes) for read in self.reads)
+
+    @property
+    def write_bytes(self) -> int:
+        return sum(_aligned(write.nbytes) for write in self.writes)
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeJob:
+    """A transform and its chunks. `retained_bytes` of operands stay in memory between them."""
+
+    name: str
+    transform: Transform
+    chunks: tuple[Chunk, ...]
+    workspace_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CopyJob:
+    """A run of bytes that the kernel copies: adjacent untouched tensors of one source file."""
+
+    names: tuple[str, ...]
+    source: SafetensorsFile
+    source_offset: int
+    file_name: str
+    offset: int
+    nbytes: int
+
+
+Job = ComputeJob | CopyJob
+
+
+@dataclass(frozen=True, slots=True)
+class PackedFile:
+    """A file's header as bytes, its tensors in order, and its whole size."""
+
+    name: str
+    header: bytes
+    specs: tuple[TensorSpec, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All weight files of an output and the jobs that fill them, each file front to back.
+
+    `buffer_bytes` is one slot's memory for operands and outputs; the engine has `slots` of them.
+    """
+
+    files: tuple[PackedFile, ...]
+    jobs: tuple[Job, ...]
+    slots: int
+    read_buffer_bytes: int
+    write_buffer_bytes: int
+    workspace_bytes: int
+    worst_job: str
+
+    @property
+    def write_bytes(self) -> int:
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(
+            job.nbytes if isinstance(job, CopyJob) else sum(read.nbytes for chunk in job.chunks for read in chunk.reads)
+            for job in self.jobs
+        )
+
+    @property
+    def work_bytes(self) -> int:
+        """Bytes written by jobs: the unit of progress."""
+        return sum(
+            job.nbytes
+            if isinstance(job, CopyJob)
+            else sum(write.nbytes for chunk in job.chunks for write in chunk.writes)
+            for job in self.jobs
+        )
+
+    @property
+    def memory_bytes(self) -> int:
+        """The bound on what the engine allocates, beside the interpreter with its libraries."""
+        return self.slots * (self.read_buffer_bytes + self.write_buffer_bytes) + self.workspace_bytes
+
+
+BUFFER_ALIGNMENT = 64
+"""Operands begin at multiples of this in a buffer, for vector loads."""
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT

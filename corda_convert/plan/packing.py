@@ -1,0 +1,176 @@
+"""From the tensors of each output file to offsets, headers and jobs. Arithmetic only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from math import lcm
+
+from corda_convert.checkpoint.tensors import TensorRef, TensorSpec
+from corda_convert.errors import MemoryBudgetExceeded
+from corda_convert.plan.model import (
+    Chunk,
+    ComputeJob,
+    Copied,
+    CopyJob,
+    Job,
+    OutputFileSpec,
+    PackedFile,
+    Plan,
+    Produced,
+    Read,
+    Transform,
+    Write,
+)
+
+BLOCK_ELEMENTS = 1 << 20
+"""Elements of a row block: 4 MB in float32, so that the passes over a block stay in the processor's cache. It does
+not depend on the memory budget: the same blocks, so the same bits, for every budget."""
+
+SLOTS = 4
+"""Chunks in flight: one being read, one computed, one written, one in reserve."""
+
+
+def pack(files: Sequence[OutputFileSpec], *, max_memory_bytes: int | None = None) -> Plan:
+    """Lays out every file and cuts the work into jobs, in the order of the files' bytes.
+
+    Raises `MemoryBudgetExceeded`, naming the worst job, if even one chunk in flight needs more than the budget.
+    """
+    packed, places = _lay_out(files)
+    jobs = tuple(_jobs(files, places))
+    compute = [job for job in jobs if isinstance(job, ComputeJob)]
+    read_buffer = max((chunk.read_bytes for job in compute for chunk in job.chunks), default=0)
+    write_buffer = max((chunk.write_bytes for job in compute for chunk in job.chunks), default=0)
+    workspace = max((job.workspace_bytes for job in compute), default=0)
+    worst = max(compute, key=_job_bytes, default=None)
+    slots = SLOTS
+    if max_memory_bytes is not None:
+        while slots > 1 and slots * (read_buffer + write_buffer) + workspace > max_memory_bytes:
+            slots -= 1
+    plan = Plan(packed, jobs, slots, read_buffer, write_buffer, workspace, worst.name if worst else "")
+    if max_memory_bytes is not None and plan.memory_bytes > max_memory_bytes:
+        raise MemoryBudgetExceeded(
+            f"The plan needs {plan.memory_bytes / 1e6:,.0f} MB beside the program itself, above the "
+            f"{max_memory_bytes / 1e6:,.0f} MB that --max-memory leaves. The worst step is {plan.worst_job}.",
+            next_step="Allow more memory, or leave that tensor out.",
+        )
+    return plan
+
+
+def _job_bytes(job: ComputeJob) -> int:
+    return job.workspace_bytes + max(chunk.read_bytes + chunk.write_bytes for chunk in job.chunks)
+
+
+def encode_header(specs: Iterable[TensorSpec], metadata: dict[str, str]) -> bytes:
+    """The first bytes of a safetensors file: length and JSON, padded with spaces to a multiple of 8 as its library does."""
+    entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    position = 0
+    for spec in specs:
+        entries[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [position, position + spec.nbytes],
+        }
+        position += spec.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _lay_out(files: Sequence[OutputFileSpec]) -> tuple[tuple[PackedFile, ...], dict[tuple[str, str], int]]:
+    packed: list[PackedFile] = []
+    places: dict[tuple[str, str], int] = {}
+    for file in files:
+        specs = tuple(tensor.spec for tensor in file.tensors)
+        header = encode_header(specs, dict(file.metadata))
+        position = len(header)
+        for spec in specs:
+            places[file.name, spec.name] = position
+            position += spec.nbytes
+        packed.append(PackedFile(file.name, header, specs, position))
+    return tuple(packed), places
+
+
+def _jobs(files: Sequence[OutputFileSpec], places: dict[tuple[str, str], int]) -> Iterable[Job]:
+    outputs: dict[int, list[tuple[str, TensorSpec]]] = {}
+    for file in files:
+        for tensor in file.tensors:
+            if isinstance(tensor, Produced):
+                outputs.setdefault(id(tensor.transform), []).append((file.name, tensor.spec))
+    done: set[int] = set()
+    for file in files:
+        run: CopyJob | None = None
+        for tensor in file.tensors:
+            if isinstance(tensor, Copied):
+                run, finished = _extend(run, tensor, file.name, places[file.name, tensor.spec.name])
+                if finished is not None:
+                    yield finished
+                continue
+            if run is not None:
+                yield run
+                run = None
+            if id(tensor.transform) not in done:
+                done.add(id(tensor.transform))
+                yield _compute_job(tensor.transform, outputs[id(tensor.transform)], places)
+        if run is not None:
+            yield run
+
+
+def _extend(run: CopyJob | None, tensor: Copied, file_name: str, offset: int) -> tuple[CopyJob, CopyJob | None]:
+    extent = tensor.source.header.extents[tensor.source_name]
+    if run is not None and run.source is tensor.source and run.source_offset + run.nbytes == extent.begin:
+        names = (*run.names, tensor.spec.name)
+        return CopyJob(names, run.source, run.source_offset, file_name, run.offset, run.nbytes + extent.nbytes), None
+    return CopyJob((tensor.spec.name,), tensor.source, extent.begin, file_name, offset, extent.nbytes), run
+
+
+def _compute_job(
+    transform: Transform, outputs: list[tuple[str, TensorSpec]], places: dict[tuple[str, str], int]
+) -> ComputeJob:
+    name = outputs[0][1].name
+    whole = tuple(_read(operand, ref, 0, ref.shape[0] if ref.shape else 1) for operand, ref in transform.whole.items())
+    if not transform.streamed:
+        writes = tuple(_write(file_name, spec, places, 0, _rows(spec)) for file_name, spec in outputs)
+        return ComputeJob(name, transform, (Chunk(whole, writes),), transform.workspace_bytes(0))
+    ((file_name, spec),) = outputs
+    blocks = row_blocks(spec.shape, transform.row_quantum)
+    chunks = []
+    for index, (begin, end) in enumerate(blocks):
+        reads = tuple(_read(operand, ref, begin, end) for operand, ref in transform.streamed.items())
+        writes = (_write(file_name, spec, places, begin, end),)
+        chunks.append(Chunk((*whole, *reads) if index == 0 else reads, writes))
+    rows = max((end - begin for begin, end in blocks), default=0)
+    return ComputeJob(name, transform, tuple(chunks), transform.workspace_bytes(rows))
+
+
+def row_blocks(shape: tuple[int, ...], quantum: int = 1) -> list[tuple[int, int]]:
+    """Half-open row ranges that cover the tensor, each of about `BLOCK_ELEMENTS` elements, at multiples of `quantum`."""
+    if not shape:
+        return [(0, 1)]
+    rows = shape[0]
+    row_elements = 1
+    for size in shape[1:]:
+        row_elements *= size
+    if rows == 0 or row_elements == 0:
+        return []
+    step = lcm(quantum, 16)
+    block = max(step, BLOCK_ELEMENTS // row_elements // step * step)
+    return [(begin, min(begin + block, rows)) for begin in range(0, rows, block)]
+
+
+def _rows(spec: TensorSpec) -> int:
+    return spec.shape[0] if spec.shape else 1
+
+
+def _read(operand: str, ref: TensorRef, begin: int, end: int) -> Read:
+    spec = ref.spec
+    row = spec.row_nbytes
+    shape = (end - begin, *spec.shape[1:]) if spec.shape else ()
+    return Read(operand, ref.file, ref.name, spec.dtype, shape, begin * row, (end - begin) * row)
+
+
+def _write(file_name: str, spec: TensorSpec, places: dict[tuple[str, str], int], begin: int, end: int) -> Write:
+    row = spec.row_nbytes
+    shape = (end - begin, *spec.shape[1:]) if spec.shape else ()
+    offset = places[file_name, spec.name] + begin * row
+    return Write(spec.name, file_name, spec.dtype, shape, offset, (end - begin) * row)
