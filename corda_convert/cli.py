@@ -37,7 +37,7 @@ _UNITS = {
 }
 
 
-class Size(click.ParamType):
+class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     """Bytes, with a decimal or binary unit: 700MB, 1.5GiB."""
 
     name = "size"
@@ -51,7 +51,7 @@ class Size(click.ParamType):
         return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
-class Damp(click.ParamType):
+class Damp(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     """A number, or `peft`."""
 
     name = "number|peft"
@@ -127,7 +127,7 @@ def cli() -> None:
 )
 @run_options
 def decompose(model: Path, covariances: Path | None, **options: Any) -> None:
-    """Split MODEL into a residual and the CorDA (or PiSSA) adapter to train beside it.
+    r"""Split MODEL into a residual and the CorDA (or PiSSA) adapter to train beside it.
 
     Writes the residual model to OUTPUT and the initial adapter to OUTPUT/corda_init. Train it with PEFT:
 

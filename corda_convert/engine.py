@@ -12,7 +12,7 @@ import ctypes
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -271,7 +271,7 @@ def _offset_in_file(read: Read) -> int:
     return file.header.extents[read.tensor].begin + read.begin
 
 
-def _parts(slot: torch.Tensor, parts: tuple[Read, ...] | tuple[Write, ...]) -> Iterator[torch.Tensor]:
+def _parts(slot: torch.Tensor, parts: Sequence[Read | Write]) -> Iterator[torch.Tensor]:
     """The slot's bytes for each part, one after the other at aligned places."""
     position = 0
     for part in parts:
@@ -279,10 +279,11 @@ def _parts(slot: torch.Tensor, parts: tuple[Read, ...] | tuple[Write, ...]) -> I
         position += -(-part.nbytes // BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT
 
 
-def _named_tensors(slot: torch.Tensor, parts: tuple[Read, ...] | tuple[Write, ...]) -> dict[str, torch.Tensor]:
-    names = (part.operand if isinstance(part, Read) else part.tensor for part in parts)
-    views = zip(names, parts, _parts(slot, parts), strict=True)
-    return {name: view.view(torch_dtype(part.dtype)).view(part.shape) for name, part, view in views}
+def _named_tensors(slot: torch.Tensor, parts: Sequence[Read | Write]) -> dict[str, torch.Tensor]:
+    return {
+        part.operand if isinstance(part, Read) else part.tensor: view.view(torch_dtype(part.dtype)).view(part.shape)
+        for part, view in zip(parts, _parts(slot, parts), strict=True)
+    }
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:

@@ -75,7 +75,8 @@ class Adapter:
 class AdapterFormat(Protocol):
     """Parses the adapters of some peft types."""
 
-    peft_types: tuple[str, ...]
+    @property
+    def peft_types(self) -> tuple[str, ...]: ...
 
     def parse(self, source: AdapterSource) -> Adapter:
         """Accounts for every tensor of the file. Raises one of our errors, all problems together."""

@@ -26,7 +26,7 @@ def _add_tiles(rows: Tensor, tile: Tensor) -> float:
     r = tile.shape[1]
     count, tail = divmod(rows.shape[1], r)
     if count:
-        rows[:, : count * r].unflatten(1, (count, r)).add_(tile[:, None, :])
+        rows[:, : count * r].view(rows.shape[0], count, r).add_(tile[:, None, :])
     if tail:
         rows[:, count * r :].add_(tile[:, :tail])
     whole, part = torch.linalg.matrix_norm(tile.double()), torch.linalg.matrix_norm(tile[:, :tail].double())

@@ -51,4 +51,5 @@ def transformers_card(checkpoint: Checkpoint, what: str, *, relation: str, tags:
 
 
 def with_snippet(card: Card, snippet: str) -> Card:
+    """The card with another loading snippet."""
     return replace(card, snippet=snippet)

@@ -254,7 +254,7 @@ def _side_files(production: Production, plan: Plan) -> tuple[SideFile, ...]:
             **production.index_metadata,
             "total_size": sum(spec.nbytes for file in weights for spec in file.specs),
         },
-        "weight_map": {name: file for name, file in sorted((s.name, f.name) for f in weights for s in f.specs)},
+        "weight_map": dict(sorted((spec.name, file.name) for file in weights for spec in file.specs)),
     }
     return (*production.side_files, json_file(INDEX_FILE, index))
 

@@ -35,6 +35,7 @@ class Card:
 
 
 def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a Hub id, `owner/name`."""
     return bool(_HUB_ID.match(name)) and ".." not in name
 
 

@@ -30,10 +30,12 @@ def tool() -> dict[str, Any]:
 
 
 def encode_receipt(receipt: dict[str, Any]) -> str:
+    """The receipt as strict JSON: no NaN, no Inf."""
     return json.dumps(receipt, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_receipt(folder: Path, receipt: dict[str, Any]) -> None:
+    """Writes the receipt into its folder."""
     (folder / RECEIPT_FILE).write_text(encode_receipt(receipt), encoding="utf-8")
 
 

@@ -120,4 +120,5 @@ def config_with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def json_file(name: str, content: object) -> SideFile:
+    """A side file with this content as JSON."""
     return SideFile(name, content=(json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))

@@ -56,6 +56,7 @@ def describe_tensors(receipt: Mapping[str, Any]) -> str:
 
 
 def size(nbytes: int) -> str:
+    """Bytes in decimal units, as disks and hubs count them."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if nbytes >= scale:
             return f"{nbytes / scale:,.2f} {unit}" if unit == "GB" else f"{nbytes / scale:,.1f} {unit}"

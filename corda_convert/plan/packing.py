@@ -62,7 +62,7 @@ def _job_bytes(job: ComputeJob) -> int:
 
 
 def encode_header(specs: Iterable[TensorSpec], metadata: dict[str, str]) -> bytes:
-    """The first bytes of a safetensors file: length and JSON, padded with spaces to a multiple of 8 as its library does."""
+    """The first bytes of a safetensors file: length and JSON, padded with spaces to a multiple of 8."""
     entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     position = 0
     for spec in specs:
@@ -144,7 +144,7 @@ def _compute_job(
 
 
 def row_blocks(shape: tuple[int, ...], quantum: int = 1) -> list[tuple[int, int]]:
-    """Half-open row ranges that cover the tensor, each of about `BLOCK_ELEMENTS` elements, at multiples of `quantum`."""
+    """Half-open row ranges that cover the tensor, of about `BLOCK_ELEMENTS` elements, at multiples of `quantum`."""
     if not shape:
         return [(0, 1)]
     rows = shape[0]
