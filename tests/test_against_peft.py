@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -138,14 +139,9 @@ def test_merging_is_within_one_bfloat16_ulp_of_float64(adapter: str, tmp_path: P
             continue
         A, B = factors[f"{key}.lora_A.weight"].double(), factors[f"{key}.lora_B.weight"].double()
         r = A.shape[0]
-        alpha = next(
-            (
-                value
-                for pattern, value in config["alpha_pattern"].items()
-                if name.removesuffix(".weight").endswith(pattern)
-            ),
-            config["lora_alpha"],
-        )
+        module, patterns = name.removesuffix(".weight"), config["alpha_pattern"]
+        matching = [value for key, value in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{key})", module)]
+        alpha = matching[0] if matching else config["lora_alpha"]
         scaling = alpha / r**0.5 if config["use_rslora"] else alpha / r
         product = B @ A
         if initial:
@@ -254,7 +250,7 @@ def test_damp_peft_finds_the_subspace_of_peft_and_a_better_one(mode: str, tmp_pa
     for name, found in eigens.items():
         weight = base[f"{name}.weight"].double()
         damped = covariances[name].double() + damping[name] * torch.eye(weight.shape[1], dtype=torch.float64)
-        U, S, _ = torch.linalg.svd(weight @ damped, full_matrices=False)
+        U, _, _ = torch.linalg.svd(weight @ damped, full_matrices=False)
         chosen = U[:, :8] if mode == "ipm" else U[:, -8:]
         A, B = (factors[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
         ours.append(subspace_distance(B, chosen))
@@ -338,7 +334,7 @@ def deltas(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("patterns", [False, True])
 def test_to_lora_with_rslora_and_patterns_keeps_the_delta(use_rslora: bool, patterns: bool, tmp_path: Path) -> None:
     """PEFT refuses rsLoRA together with patterns; there float64 is the oracle, elsewhere too."""
-    options = dict(
+    config = LoraConfig(
         r=4,
         lora_alpha=6,
         target_modules=["q_proj", "down_proj"],
@@ -348,7 +344,7 @@ def test_to_lora_with_rslora_and_patterns_keeps_the_delta(use_rslora: bool, patt
         modules_to_save=["lm_head"],
     )
     torch.manual_seed(0)
-    model = get_peft_model(load_model(MODEL, torch.float32), LoraConfig(**options))
+    model = get_peft_model(load_model(MODEL, torch.float32), config)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(std=0.1)
