@@ -122,10 +122,11 @@ def _read_shards(root: Path, index: dict[str, Any]) -> tuple[SafetensorsFile, ..
 
 def _inside(root: Path, file_name: str) -> Path:
     pure = PurePosixPath(file_name)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in file_name or len(pure.parts) != 1:
+    is_beside = not pure.is_absolute() and len(pure.parts) == 1 and not {"\\", "\0"} & set(file_name)
+    if not is_beside or pure.suffix != ".safetensors":
         raise MalformedFile(
-            f"{root / INDEX_FILE} names the shard {file_name!r}, which is not a file of this folder.",
-            why="An index may only name files beside it.",
+            f"{root / INDEX_FILE} names the shard {file_name!r}, which is no safetensors file of this folder.",
+            why="An index may only name safetensors files beside it.",
             next_step="Do not trust this checkpoint before you know who wrote its index.",
         )
     return root / file_name

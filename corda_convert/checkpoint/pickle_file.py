@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +31,8 @@ class PickleFile:
     def read_into(self, name: str, begin: int, view: memoryview) -> None:
         import torch
 
+        if not len(view):
+            return
         tensor = self._tensors[name].contiguous().view(-1)
         source = tensor.view(torch.uint8)[begin : begin + len(view)]
         torch.frombuffer(view, dtype=torch.uint8).copy_(source)
@@ -49,9 +50,10 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError) as error:
+    except Exception as error:  # on damaged bytes the unpickler raises anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise MalformedFile(
-            f"{path} is not a file of plain tensors that can be loaded safely: {str(error).splitlines()[0]}",
+            f"{path} is not a file of plain tensors that can be loaded safely: {reason}",
             why="It is truncated, of the old pickle format, or holds Python objects, which could run code.",
             next_step="Save it again as a plain dict of tensors, or as safetensors.",
         ) from None
@@ -60,4 +62,21 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     strangers = [str(name) for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
     if strangers:
         raise MalformedFile(f"{path} holds values that are not tensors: {', '.join(strangers[:5])}.")
-    return {str(name): value for name, value in loaded.items()}
+    odd = [str(name) for name, value in loaded.items() if not _is_plain(value)]
+    if odd:
+        raise MalformedFile(
+            f"{path} holds tensors that are sparse, quantized or of an unknown dtype: {', '.join(odd[:5])}."
+        )
+    return {str(name): value.detach() for name, value in loaded.items()}
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    import torch
+
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        return False
+    try:
+        dtype_name(tensor.dtype)
+    except KeyError:
+        return False
+    return True

@@ -70,14 +70,16 @@ def read_header(path: Path) -> Header:
 
 
 def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
         if len(entries) != len(pairs):
             raise ValueError("a name stands twice")
+        for text in (*entries, *(value for value in entries.values() if isinstance(value, str))):
+            text.encode("utf-8")  # JSON can spell half a surrogate pair, which is no text
         return entries
 
     try:
-        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates)
+        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=checked_object)
     except (ValueError, RecursionError) as error:
         raise MalformedFile(f"{path} has no valid safetensors header: {error}.", next_step=_FETCH_AGAIN) from None
     if not isinstance(parsed, dict):
@@ -123,7 +125,7 @@ def _check_entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, int,
     if not isinstance(entry, dict):
         raise MalformedFile(f"{path}: the header's entry for {name} is not an object.")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise MalformedFile(f"{path}: {name} has the unknown dtype {dtype!r}.")
     if not isinstance(shape, list) or not all(is_size(size) for size in shape):
         raise MalformedFile(f"{path}: {name} has the invalid shape {shape!r}.")
@@ -132,9 +134,8 @@ def _check_entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, int,
     spec = TensorSpec(name, dtype, tuple(shape))
     begin, end = offsets
     if end - begin != spec.nbytes:
-        raise MalformedFile(
-            f"{path}: {name} is {dtype} {spec.shape}, {spec.nbytes:,} bytes, but its offsets span {end - begin:,}."
-        )
+        needed = f"{spec.nbytes:,} bytes" if is_size(spec.nbytes) else "more bytes than a file can have"
+        raise MalformedFile(f"{path}: {name} is {dtype} {spec.shape}, {needed}, but its offsets span {end - begin:,}.")
     return spec, begin, end
 
 
