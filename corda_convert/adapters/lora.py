@@ -17,6 +17,7 @@ from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorRef, Tenso
 from corda_convert.errors import (
     AdapterMismatch,
     CordaConvertError,
+    MalformedFile,
     UnsupportedInput,
     raise_problems,
 )
@@ -219,7 +220,10 @@ class LoraFormat:
             if match is None:
                 rest[key] = ref
                 continue
-            sides.setdefault(match["module"], {})[match["side"]] = ref
+            pair = sides.setdefault(match["module"], {})
+            if match["side"] in pair:
+                problems.append(_same_place(source, pair[match["side"]], ref))
+            pair[match["side"]] = ref
             if match.re is _EMBEDDING_FACTOR:
                 embeddings.add(match["module"])
         modules = []
@@ -274,6 +278,13 @@ def _factors(
     return LoraFactors(module, A, B, scaling.scaling_of(module), is_embedding)
 
 
+def _same_place(source: AdapterSource, first: TensorRef, second: TensorRef) -> CordaConvertError:
+    return MalformedFile(
+        f"{source.name}: {first.name} and {second.name} stand for the same part of one module.",
+        why="Nothing of an adapter is dropped silently.",
+    )
+
+
 def _pattern_problems(scaling: LoraScaling, modules: Iterable[str]) -> list[CordaConvertError]:
     unmatched = scaling.unmatched(modules)
     if not unmatched:
@@ -293,23 +304,29 @@ def split_replacements(
     """Tells parameters that replace the base's (modules_to_save, trained biases) from keys that nobody knows."""
     replacements: dict[str, TensorRef] = {}
     unknown: list[str] = []
+    doubled: list[CordaConvertError] = []
     saved = source.config.get("modules_to_save") or []
+    if not isinstance(saved, list):
+        raise AdapterMismatch(f"{CONFIG_FILE}: modules_to_save is {saved!r}, a list of names was expected.")
     bias = str(source.config.get("bias", "none"))
     for key, ref in rest.items():
         name = key.replace(".base_layer.", ".").replace(".modules_to_save.", ".").replace(".original_module.", ".")
         module = name.rpartition(".")[0]
         is_saved = any(module == saved_name or f".{module}.".find(f".{saved_name}.") >= 0 for saved_name in saved)
         if is_saved or (name.endswith(".bias") and bias != "none"):
+            if name in replacements:
+                doubled.append(_same_place(source, replacements[name], ref))
             replacements[name] = ref
         else:
             unknown.append(key)
     if not unknown:
-        return replacements, []
+        return replacements, doubled
     return replacements, [
+        *doubled,
         UnsupportedInput(
             f"{source.name}: {len(unknown)} tensors are of no kind that this version folds: {some(unknown)}.",
             why="Nothing of an adapter is dropped silently.",
-        )
+        ),
     ]
 
 

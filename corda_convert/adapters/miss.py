@@ -11,7 +11,7 @@ from corda_convert.adapters.factors import Adapter, Layout, RowFold, dimensions
 from corda_convert.adapters.lora import split_replacements
 from corda_convert.adapters.source import CONFIG_FILE, AdapterSource, integer
 from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorRef, TensorSpec
-from corda_convert.errors import AdapterMismatch, CordaConvertError, UnsupportedInput, raise_problems
+from corda_convert.errors import AdapterMismatch, CordaConvertError, MalformedFile, UnsupportedInput, raise_problems
 
 if TYPE_CHECKING:
     import torch
@@ -103,6 +103,8 @@ class BlockFormat:
                 continue
             factors = BlockFactors(match["module"], ref, mode, kind)
             problem = _shape_problem(source, factors, rank)
+            if any(factors.module_name == other.module_name for other in modules):
+                problem = MalformedFile(f"{source.name} has two blocks for {factors.module_name}.")
             if problem is None:
                 modules.append(factors)
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,6 @@ def integer(config: dict[str, Any], key: str, default: int) -> int:
 def number(config: dict[str, Any], key: str, default: float) -> float:
     """A finite number of the config. Raises `AdapterMismatch`."""
     value = config.get(key, default)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < float("inf"):
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
         raise AdapterMismatch(f"{CONFIG_FILE}: {key} is {value!r}, a number was expected.")
     return float(value)

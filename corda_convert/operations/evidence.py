@@ -101,14 +101,9 @@ def check_plain(adapter: Adapter, weights: dict[str, tuple[TensorRef, Layout]], 
     shares = _shares(adapter, weights)
     if shares and median(shares) > REPEATED_SHARE:
         raise _needs_initial(adapter, model, f"its B·A repeats {median(shares):.0%} of {model.name}'s own weight there")
-    named = Path(adapter.source.base_name) if adapter.source.base_name else None
-    if (
-        named is not None
-        and named.is_dir()
-        and named.resolve() != model.root.resolve()
-        and is_residual(read_receipt(named))
-    ):
-        raise _needs_initial(adapter, model, f"its base_model_name_or_path {named} is a residual")
+    named = _local_folder(adapter.source.base_name)
+    if named is not None and named != model.root.resolve() and is_residual(read_receipt(named)):
+        raise _needs_initial(adapter, model, f"its base_model_name_or_path {adapter.source.base_name} is a residual")
     if adapter.initialization == "residual":
         method = adapter.source.config.get("init_lora_weights")
         raise _needs_initial(adapter, model, f"its config says init_lora_weights={method!r}")
@@ -150,7 +145,15 @@ def _needs_initial(adapter: Adapter, model: Checkpoint, evidence: str) -> Adapte
 def _is_named_for(adapter: Adapter, model: Checkpoint) -> bool:
     """Whether the adapter's `base_model_name_or_path` is this model's folder, or at least ends in its name."""
     named = adapter.source.base_name
-    return bool(named) and (Path(named).resolve() == model.root.resolve() or Path(named).name == model.name)
+    return bool(named) and (_local_folder(named) == model.root.resolve() or Path(named).name == model.name)
+
+
+def _local_folder(name: str) -> Path | None:
+    """The folder of that name, resolved, if there is one here. A config may name anything, a path or not."""
+    try:
+        return Path(name).resolve() if name and Path(name).is_dir() else None
+    except (OSError, ValueError):
+        return None
 
 
 def _shares(adapter: Adapter, weights: dict[str, tuple[TensorRef, Layout]]) -> list[float]:

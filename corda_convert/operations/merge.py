@@ -68,7 +68,7 @@ def merge(
         weight.name: FoldTransform(weight, factors, layout, output_dtype(weight.spec.dtype, dtype), options.rounding)
         for factors, weight, layout in placed
     }
-    touched |= _replacements(folded, names, dtype)
+    touched |= _replacements(folded, names, dtype, touched)
     side_files, left = model_side_files(checkpoint, run, (tokenizer_files(trained.source.folder),))
     production = Production(
         command="merge",
@@ -116,12 +116,16 @@ def place_modules(adapter: Adapter, names: NameMap) -> list[tuple[ModuleFactors,
     if missing:
         problems.append(_unplaced(adapter, missing, names))
     placed = []
+    modules: dict[str, str] = {}
     for factors in adapter.modules:
         placement = placements.get(factors.module_name)
         if placement is None:
             continue
         weight = names.checkpoint.tensors[placement.tensor_name]
         problem = _weight_problem(factors, weight, placement, names)
+        other = modules.setdefault(weight.name, factors.module_name)
+        if other != factors.module_name:
+            problem = AdapterMismatch(f"{other} and {factors.module_name} are the same weight, {weight.name}.")
         if problem is not None:
             problems.append(problem)
             continue
@@ -198,7 +202,9 @@ def _with_base_hint(problems: list[CordaConvertError], adapter: Adapter) -> list
     return problems
 
 
-def _replacements(adapter: Adapter, names: NameMap, dtype: str | None) -> Mapping[str, Transform]:
+def _replacements(
+    adapter: Adapter, names: NameMap, dtype: str | None, folded: Mapping[str, Transform]
+) -> Mapping[str, Transform]:
     problems: list[CordaConvertError] = []
     found: dict[str, Transform] = {}
     for name, ref in adapter.replacements.items():
@@ -216,6 +222,18 @@ def _replacements(adapter: Adapter, names: NameMap, dtype: str | None) -> Mappin
                     "does not change shapes.",
                     why="The vocabulary was resized in training." if "embed" in name or "lm_head" in name else None,
                 )
+            )
+        elif not {spec.dtype, ref.spec.dtype} <= set(COMPUTABLE_DTYPES):
+            problems.append(
+                UnsupportedInput(
+                    f"{adapter.source.name} replaces {name}, {spec.dtype} in the base, with {ref.spec.dtype}: only "
+                    "floating-point numbers can be replaced.",
+                    next_step="Merge into the unquantized base model.",
+                )
+            )
+        elif tensor_name in folded or tensor_name in found:
+            problems.append(
+                AdapterMismatch(f"{adapter.source.name} replaces {name}, and changes it in another way too.")
             )
         elif names.is_tied(tensor_name):
             problems.append(
@@ -253,8 +271,9 @@ def _inputs(checkpoint: Checkpoint, trained: Adapter, initial: Adapter | None) -
 def _warnings(adapter: Adapter, checkpoint: Checkpoint, options: MergeOptions) -> tuple[str, ...]:
     named = adapter.source.base_name
     if named and options.init is None and Path(named).name != checkpoint.name:
+        shown = Path(named).name if Path(named).is_absolute() else named  # the receipt holds no absolute path
         return (
-            f'{adapter.source.name} names "{named}" as its base; it is merged into {checkpoint.name}, where every module '
+            f'{adapter.source.name} names "{shown}" as its base; it is merged into {checkpoint.name}, where every module '
             "fits.",
         )
     return ()
