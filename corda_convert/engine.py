@@ -288,5 +288,7 @@ def _named_tensors(slot: torch.Tensor, parts: Sequence[Read | Write]) -> dict[st
 
 def _memory(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous uint8 tensor on the host. Valid as long as the tensor is."""
+    if tensor.numel() == 0:
+        return memoryview(bytearray())  # the cast below refuses an empty one
     array = (ctypes.c_ubyte * tensor.numel()).from_address(tensor.data_ptr())
     return memoryview(array).cast("B")

@@ -104,8 +104,7 @@ def produce(production: Production, run: RunOptions) -> Outcome:
         hub.check_access(run.push_to)
     device = resolve_device(run.device)
     baseline = _resident_bytes()
-    budget = None if run.max_memory_bytes is None else run.max_memory_bytes - baseline
-    plan = pack(production.files, max_memory_bytes=budget)
+    plan = pack(production.files, max_memory_bytes=run.max_memory_bytes, held_bytes=baseline)
     side_bytes = sum(file.nbytes for file in production.side_files)
     staging.check_space(production.output, plan.write_bytes + side_bytes)
     receipt = _planned_receipt(production, plan, baseline)

@@ -31,10 +31,11 @@ SLOTS = 4
 """Chunks in flight: one being read, one computed, one written, one in reserve."""
 
 
-def pack(files: Sequence[OutputFileSpec], *, max_memory_bytes: int | None = None) -> Plan:
+def pack(files: Sequence[OutputFileSpec], *, max_memory_bytes: int | None = None, held_bytes: int = 0) -> Plan:
     """Lays out every file and cuts the work into jobs, in the order of the files' bytes.
 
-    Raises `MemoryBudgetExceeded`, naming the worst job, if even one chunk in flight needs more than the budget.
+    Raises `MemoryBudgetExceeded`, naming the worst job, if even one chunk in flight needs more than `max_memory_bytes`
+    leaves beside the `held_bytes` of the program itself.
     """
     packed, places = _lay_out(files)
     jobs = tuple(_jobs(files, places))
@@ -45,16 +46,21 @@ def pack(files: Sequence[OutputFileSpec], *, max_memory_bytes: int | None = None
     worst = max(compute, key=_job_bytes, default=None)
     slots = SLOTS
     if max_memory_bytes is not None:
-        while slots > 1 and slots * (read_buffer + write_buffer) + workspace > max_memory_bytes:
+        while slots > 1 and held_bytes + slots * (read_buffer + write_buffer) + workspace > max_memory_bytes:
             slots -= 1
     plan = Plan(packed, jobs, slots, read_buffer, write_buffer, workspace, worst.name if worst else "")
-    if max_memory_bytes is not None and plan.memory_bytes > max_memory_bytes:
+    needed = held_bytes + plan.memory_bytes
+    if max_memory_bytes is not None and needed > max_memory_bytes:
         raise MemoryBudgetExceeded(
-            f"The plan needs {plan.memory_bytes / 1e6:,.0f} MB beside the program itself, above the "
-            f"{max_memory_bytes / 1e6:,.0f} MB that --max-memory leaves. The worst step is {plan.worst_job}.",
-            next_step="Allow more memory, or leave that tensor out.",
+            f"The run needs {_megabytes(needed)}, of which {_megabytes(held_bytes)} are the program itself; --max-memory "
+            f"allows {_megabytes(max_memory_bytes)}. The worst step is {plan.worst_job or 'a copy'}.",
+            next_step=f"Allow --max-memory {-(-needed // 10**6) + 10}MB, or leave that tensor out.",
         )
     return plan
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.1f} MB"
 
 
 def _job_bytes(job: ComputeJob) -> int:
@@ -152,7 +158,7 @@ def row_blocks(shape: tuple[int, ...], quantum: int = 1) -> list[tuple[int, int]
     for size in shape[1:]:
         row_elements *= size
     if rows == 0 or row_elements == 0:
-        return []
+        return [(0, rows)]
     step = lcm(quantum, 16)
     block = max(step, BLOCK_ELEMENTS // row_elements // step * step)
     return [(begin, min(begin + block, rows)) for begin in range(0, rows, block)]
