@@ -1,0 +1,47 @@
+# `make demo` and `make test` work on a machine with python3 (3.11 or later) and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: help demo test lint check format benchmarks clean
+
+help:
+	@echo "make demo        decompose, train, convert and merge the fixture model, and compare every station"
+	@echo "make test        the tests"
+	@echo "make check       format, lint, types, import layers and tests: before every commit"
+	@echo "make benchmarks  ours beside PEFT's (minutes; see benchmarks/README.md)"
+	@echo "make clean       remove the environment and all that was made"
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+benchmarks: $(READY)
+	$(BIN)/python benchmarks/merge.py
+	$(BIN)/python benchmarks/decompose.py
+
+clean:
+	rm -rf $(VENV) demo-output benchmarks/work .pytest_cache .mypy_cache .ruff_cache .hypothesis
