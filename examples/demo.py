@@ -178,7 +178,8 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def report(stations: list[Station]) -> None:
     """Measures every station and prints the table."""
     print("5. Load every station with transformers and PEFT in float32, and compare.\n")
-    header = f"{'station':<28}{'knowledge':>10}{'task':>9}{'max |Δlogit|':>14}  {'against':<28}{'bytes':>11}{'seconds':>9}{'peak MB':>9}"
+    columns = f"{'station':<28}{'knowledge':>10}{'task':>9}{'max |Δlogit|':>14}  {'against':<28}"
+    header = f"{columns}{'bytes':>11}{'seconds':>9}{'peak MB':>9}"
     print(f"{'':<28}{'perplexity (lower is better)':>19}\n{header}\n{'-' * len(header)}")
     known: dict[str, torch.Tensor] = {}
     for station in stations:
