@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Protocol
@@ -96,9 +97,11 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def dtype_name(dtype: torch.dtype) -> str:
     """The safetensors name of a torch dtype. Raises `KeyError` for one that the format lacks."""
-    names = {torch_dtype(name): name for name in DTYPE_BITS if not name.startswith(("F4", "F6", "F8"))}
-    names |= {torch_dtype(name): name for name in ("F8_E5M2", "F8_E4M3")}
-    return names[dtype]
+    for name in DTYPE_BITS:
+        with contextlib.suppress(KeyError):
+            if torch_dtype(name) == dtype:
+                return name
+    raise KeyError(dtype)
 
 
 def read_tensor(ref: TensorRef) -> torch.Tensor:
