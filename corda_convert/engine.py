@@ -21,15 +21,23 @@ from corda_convert.checkpoint.safetensors_file import SafetensorsFile
 from corda_convert.checkpoint.tensors import torch_dtype
 from corda_convert.output.digests import SequentialDigest
 from corda_convert.output.shard_writer import ShardWriter
-from corda_convert.plan.model import BUFFER_ALIGNMENT, Chunk, ComputeJob, CopyJob, Facts, PackedFile, Plan, Read, Write
+from corda_convert.plan.model import (
+    BUFFER_ALIGNMENT,
+    COPY_BYTES,
+    Chunk,
+    ComputeJob,
+    CopyJob,
+    Facts,
+    PackedFile,
+    Plan,
+    Read,
+    Write,
+)
 
 if TYPE_CHECKING:
     import torch
 
 _T = TypeVar("_T")
-
-COPY_BYTES = 32 << 20
-"""Copies are cut at this length: the step of progress, and of the digests' reading."""
 
 Progress = Callable[[str, int], None]
 """Called with a tensor's name and the bytes just written."""

@@ -34,7 +34,7 @@ class MergeOptions:
         as_is: trust the user that the adapter's delta belongs on this very model.
     """
 
-    init: Path | None = None
+    init: Path | str | None = None
     rounding: Rounding = "nearest"
     as_is: bool = False
 
@@ -54,7 +54,7 @@ def merge(
     """
     checkpoint = read_checkpoint(Path(model))
     trained = read_adapter(Path(adapter))
-    folded, initial = (trained, None) if options.init is None else _with_init(trained, options.init)
+    folded, initial = (trained, None) if options.init is None else _with_init(trained, Path(options.init))
     names = NameMap(checkpoint, read_structure(checkpoint.root, checkpoint.config, checkpoint.tensors))
     placed = place_modules(folded, names)
     weights = {factors.module_name: (weight, layout) for factors, weight, layout in placed}

@@ -102,7 +102,7 @@ def produce(production: Production, run: RunOptions) -> Outcome:
     """
     staging.check_output(production.output, [source.path for source in production.inputs], overwrite=run.overwrite)
     if run.push_to is not None:
-        hub.check_access(run.push_to)
+        hub.check_access(run.push_to, private=run.private)
     device = resolve_device(run.device)
     baseline = _resident_bytes()
     plan = pack(production.files, max_memory_bytes=run.max_memory_bytes, held_bytes=baseline)

@@ -20,8 +20,12 @@ class ShardWriter:
         self.path = path
         self.nbytes = nbytes
         self._digest = SequentialDigest(nbytes)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._descriptor = -1
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        except OSError as error:
+            raise self._refusal(error) from None
         self.write(0, memoryview(header))
 
     def __enter__(self) -> ShardWriter:

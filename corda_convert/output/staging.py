@@ -67,7 +67,8 @@ def check_space(output: Path, nbytes: int) -> None:
 def staging_folder(output: Path) -> Iterator[Path]:
     """Yields an empty folder beside `output`; it becomes `output` when the block ends, and vanishes when it raises.
 
-    What an earlier, killed run left there is removed. Raises `OutputRefused` while another run holds it.
+    What an earlier, killed run left there is removed. Raises `OutputRefused` while another run holds it, and for what
+    the file system refuses on the way.
     """
     output = output.resolve()
     staging = output.with_name(output.name + STAGING_SUFFIX)
@@ -77,6 +78,11 @@ def staging_folder(output: Path) -> Iterator[Path]:
         try:
             yield staging
             _replace(staging, output)
+        except OSError as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise OutputRefused(
+                f"Writing {output} failed: {error}.", next_step="Free disk space, or choose another output with -o."
+            ) from error
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise

@@ -156,6 +156,9 @@ class CopyJob:
 
 Job = ComputeJob | CopyJob
 
+COPY_BYTES = 8 << 20
+"""Copies are cut at this length: the step of progress, and of the digests' reading."""
+
 
 @dataclass(frozen=True, slots=True)
 class PackedFile:
@@ -204,9 +207,15 @@ class Plan:
         )
 
     @property
+    def copy_bytes(self) -> int:
+        """What is held of a copy while it is hashed, once on reading and once on writing."""
+        return 2 * max((min(job.nbytes, COPY_BYTES) for job in self.jobs if isinstance(job, CopyJob)), default=0)
+
+    @property
     def memory_bytes(self) -> int:
         """The bound on what the engine allocates, beside the interpreter with its libraries."""
-        return self.slots * (self.read_buffer_bytes + self.write_buffer_bytes) + self.workspace_bytes
+        slots = self.slots * (self.read_buffer_bytes + self.write_buffer_bytes)
+        return slots + self.workspace_bytes + self.copy_bytes
 
 
 BUFFER_ALIGNMENT = 64

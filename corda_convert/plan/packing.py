@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from math import lcm
 
 from corda_convert.checkpoint.tensors import TensorRef, TensorSpec
@@ -44,11 +45,9 @@ def pack(files: Sequence[OutputFileSpec], *, max_memory_bytes: int | None = None
     write_buffer = max((chunk.write_bytes for job in compute for chunk in job.chunks), default=0)
     workspace = max((job.workspace_bytes for job in compute), default=0)
     worst = max(compute, key=_job_bytes, default=None)
-    slots = SLOTS
-    if max_memory_bytes is not None:
-        while slots > 1 and held_bytes + slots * (read_buffer + write_buffer) + workspace > max_memory_bytes:
-            slots -= 1
-    plan = Plan(packed, jobs, slots, read_buffer, write_buffer, workspace, worst.name if worst else "")
+    plan = Plan(packed, jobs, SLOTS, read_buffer, write_buffer, workspace, worst.name if worst else "")
+    while max_memory_bytes is not None and plan.slots > 1 and held_bytes + plan.memory_bytes > max_memory_bytes:
+        plan = replace(plan, slots=plan.slots - 1)
     needed = held_bytes + plan.memory_bytes
     if max_memory_bytes is not None and needed > max_memory_bytes:
         raise MemoryBudgetExceeded(
