@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from corda_convert.checkpoint.safetensors_file import SafetensorsFile, read_header
 from corda_convert.checkpoint.tensors import DTYPE_BITS, TensorRef, TensorSpec
 from corda_convert.errors import MemoryBudgetExceeded
-from corda_convert.plan.model import ComputeJob, Copied, CopyJob, OutputFileSpec, Plan, Produced
+from corda_convert.plan.model import COPY_BYTES, ComputeJob, Copied, CopyJob, OutputFileSpec, Plan, Produced
 from corda_convert.plan.packing import BLOCK_ELEMENTS, SLOTS, encode_header, pack, row_blocks
 
 
@@ -206,7 +206,7 @@ def test_adjacent_copies_become_one_job(tmp_path: Path) -> None:
     assert job.names == file.names
     assert (job.source_offset, job.offset) == (file.header.data_begin, len(plan.files[0].header))
     assert job.nbytes == plan.read_bytes == plan.work_bytes == 4 * 60
-    assert plan.memory_bytes == 0
+    assert plan.memory_bytes == 2 * job.nbytes  # once for the digest of the input, once for that of the output
 
 
 def test_a_computed_tensor_parts_the_copies_around_it(tmp_path: Path) -> None:
@@ -236,6 +236,15 @@ def test_copies_out_of_order_or_from_two_files_or_across_files_stay_apart(tmp_pa
     assert jobs(copied(first, a, c)) == [(a,), (c,)]
     assert jobs((*copied(first, b, c), *copied(second, d, e))) == [(b, c), (d, e)]
     assert jobs(copied(first, a), copied(first, b)) == [(a,), (b,)]
+
+
+def test_the_memory_of_a_copy_is_bounded(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.safetensors", {"a": (4 * COPY_BYTES // 4,)})
+    plan = pack([OutputFileSpec("x.safetensors", copied(file, "a"), {})])
+    assert plan.memory_bytes == 2 * COPY_BYTES
+    assert pack([OutputFileSpec("x.safetensors", copied(file, "a"), {})], max_memory_bytes=2 * COPY_BYTES) == replace(
+        plan, slots=SLOTS
+    )
 
 
 # One transform, several tensors
