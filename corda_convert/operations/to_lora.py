@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ def _plain(value: float) -> float:
 
 
 def _card(trained: Adapter, initial: Adapter, options: ToLoraOptions) -> Card:
-    base = options.base or "BASE_MODEL"
+    base = json.dumps(options.base or "BASE_MODEL", ensure_ascii=False)
     return Card(
         what=(
             f"An ordinary LoRA for the unmodified base model, converted from `{trained.source.name}`, which was trained "
@@ -153,6 +154,6 @@ def _card(trained: Adapter, initial: Adapter, options: ToLoraOptions) -> Card:
         tags=("lora",),
         snippet=(
             "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-            f'base = AutoModelForCausalLM.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(base, "{{repo}}")'
+            f'base = AutoModelForCausalLM.from_pretrained({base})\nmodel = PeftModel.from_pretrained(base, "{{repo}}")'
         ),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ class Card:
         relation: `base_model_relation` of the Hub: finetune, adapter, quantized, merge.
         library_name: transformers or peft.
         tags: tags beside `corda-convert`.
-        snippet: Python that loads the result, with `{repo}` where its name goes.
+        snippet: Python that loads the result, with `"{repo}"` where its name goes.
         license: the license's identifier, where the source states one.
     """
 
@@ -58,7 +59,7 @@ def render_card(card: Card, receipt: Mapping[str, Any], *, repo_id: str | None, 
         f"---\n{data.to_yaml()}\n---",
         f"# {name}",
         card.what,
-        f"## Loading\n\n```python\n{card.snippet.replace('{repo}', name)}\n```",
+        f"## Loading\n\n```python\n{card.snippet.replace('"{repo}"', json.dumps(name, ensure_ascii=False))}\n```",
         f"## How it was made\n\n{made}. Tensors: {actions}. "
         "`corda_convert.json` lists every tensor with what was done to it, and every file with its SHA-256.",
         _options_table(receipt["options"]),
