@@ -52,6 +52,7 @@ def render_card(card: Card, receipt: Mapping[str, Any], *, repo_id: str | None, 
         tags=["corda-convert", *card.tags],
     )
     name = repo_id or folder_name
+    snippet = card.snippet.replace('"{repo}"', json.dumps(name, ensure_ascii=False))
     tool = receipt["tool"]
     actions = ", ".join(f"{count} {action}" for action, count in receipt["summary"]["tensors"].items())
     made = f"`corda-convert {receipt['command']}` {tool['version']} with torch {tool['torch']}"
@@ -59,7 +60,7 @@ def render_card(card: Card, receipt: Mapping[str, Any], *, repo_id: str | None, 
         f"---\n{data.to_yaml()}\n---",
         f"# {name}",
         card.what,
-        f"## Loading\n\n```python\n{card.snippet.replace('"{repo}"', json.dumps(name, ensure_ascii=False))}\n```",
+        f"## Loading\n\n```python\n{snippet}\n```",
         f"## How it was made\n\n{made}. Tensors: {actions}. "
         "`corda_convert.json` lists every tensor with what was done to it, and every file with its SHA-256.",
         _options_table(receipt["options"]),
