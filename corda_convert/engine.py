@@ -1,14 +1,16 @@
 """The one loop: read · transform · write, overlapping, for every command. It knows no format and no method.
 
-Three threads pass slots of reused buffers along two queues: the reader fills a slot with `pread`, the caller's thread
-runs the transform's step, the writer writes and hashes. Runs of untouched bytes are copied by the kernel. What the
-plan promised in memory is what is allocated: a slot is the only place where tensors wait.
+Threads pass slots of reused buffers along two queues: the reader fills a slot with `pread`, workers run the transforms'
+steps (on a CPU one worker for each core, each on one thread), the writer writes and hashes, in the order of reading.
+Runs of untouched bytes are copied by the kernel. What the plan promised in memory is what is allocated: a slot is the
+only place where tensors wait.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import queue
 import threading
 import time
@@ -31,6 +33,7 @@ from corda_convert.plan.model import (
     PackedFile,
     Plan,
     Read,
+    Session,
     Write,
 )
 
@@ -81,15 +84,26 @@ class _Slot:
     outputs: torch.Tensor
 
 
-@dataclass(slots=True)
-class _Work:
-    """A chunk in its slot, or a copy, which has none."""
+class _Running:
+    """A compute job while it runs: its session, ready once `prepare` has returned, and the chunks still to come."""
 
-    job: ComputeJob | CopyJob
+    def __init__(self, job: ComputeJob) -> None:
+        self.job = job
+        self.session: Session | None = None
+        self.ready = threading.Event()
+        self.left = len(job.chunks)
+        self.lock = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One piece of work with its place in the order of writing: a chunk in its slot, or a copy, which has none."""
+
+    place: int
+    copy: CopyJob | None = None
+    running: _Running | None = None
     chunk: Chunk | None = None
     slot: _Slot | None = None
-    first: bool = False
-    last: bool = False
 
 
 class _Stopped(Exception):
@@ -105,31 +119,32 @@ class _Run:
         self.stop = threading.Event()
         self.failure: BaseException | None = None
         self.free: queue.Queue[_Slot | None] = queue.Queue()
-        self.read: queue.Queue[_Work | None] = queue.Queue(maxsize=max(plan.slots, 2))
-        self.computed: queue.Queue[_Work | None] = queue.Queue(maxsize=max(plan.slots, 2))
+        self.read: queue.Queue[_Work | None] = queue.Queue(maxsize=plan.slots + 1)
+        self.computed: queue.Queue[_Work | None] = queue.Queue(maxsize=plan.slots + 1)
         self.digests: dict[Path, SequentialDigest] = {}
         self.facts: dict[str, Facts] = {}
         self.records: list[FileRecord] = []
         self.seconds = {"read": 0.0, "compute": 0.0, "write": 0.0}
+        self.seconds_lock = threading.Lock()
         for _ in range(plan.slots):
             self.free.put(None)  # a slot is allocated when it is first needed
 
     def run(self) -> RunRecord:
         begun = time.perf_counter()
+        loops = [self._read_all, *[self._compute_all] * self.plan.workers, self._write_all]
         threads = [
-            threading.Thread(target=self._guard, args=(loop,), name=name, daemon=True)
-            for name, loop in (("reader", self._read_all), ("writer", self._write_all))
+            threading.Thread(target=self._guard, args=(loop,), name=loop.__name__, daemon=True) for loop in loops
         ]
-        for thread in threads:
-            thread.start()
-        try:
-            self._compute_all()
-        except _Stopped:
-            pass
-        except BaseException as failure:
-            self._fail(failure)
-        for thread in threads:
-            thread.join()
+        with _threads_each(self.plan.workers):
+            for thread in threads:
+                thread.start()
+            try:
+                for thread in threads:
+                    thread.join()
+            except BaseException as failure:  # the interrupt key reaches this thread only
+                self._fail(failure)
+                for thread in threads:
+                    thread.join()
         if self.failure is not None:
             raise self.failure
         return RunRecord(
@@ -171,22 +186,25 @@ class _Run:
     def _busy(self, stage: str) -> Iterator[None]:
         begun = time.perf_counter()
         yield
-        self.seconds[stage] += time.perf_counter() - begun
+        with self.seconds_lock:
+            self.seconds[stage] += time.perf_counter() - begun
 
     def _read_all(self) -> None:
+        place = itertools.count()
         for job in self.plan.jobs:
             if isinstance(job, CopyJob):
                 with self._busy("read"):
                     self._digest_source(job)
-                self._give(self.read, _Work(job))
+                self._give(self.read, _Work(next(place), copy=job))
                 continue
-            for index, chunk in enumerate(job.chunks):
+            running = _Running(job)
+            for chunk in job.chunks:
                 slot = self._take(self.free) or self._allocate()
                 with self._busy("read"):
                     self._fill(slot, chunk)
-                first, last = index == 0, index == len(job.chunks) - 1
-                self._give(self.read, _Work(job, chunk, slot, first, last))
-        self._give(self.read, None)
+                self._give(self.read, _Work(next(place), running=running, chunk=chunk, slot=slot))
+        for _ in range(self.plan.workers):
+            self._give(self.read, None)
 
     def _allocate(self) -> _Slot:
         import torch
@@ -196,7 +214,7 @@ class _Run:
         return _Slot(*(torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes))
 
     def _fill(self, slot: _Slot, chunk: Chunk) -> None:
-        for read, view in zip(chunk.reads, _parts(slot.operands, chunk.reads), strict=True):
+        for read, view in zip(chunk.all_reads, _parts(slot.operands, chunk.all_reads), strict=True):
             bytes_view = _memory(view)
             read.file.read_into(read.tensor, read.begin, bytes_view)
             digest = self._digest(read.file)
@@ -226,36 +244,64 @@ class _Run:
                 raise _Stopped
 
     def _compute_all(self) -> None:
-        session = None
         while (work := self._take(self.read)) is not None:
-            if work.chunk is not None and work.slot is not None and isinstance(work.job, ComputeJob):
-                with self._busy("compute"):
-                    if work.first or session is None:
-                        session = work.job.transform.begin(self.device)
-                    inputs = _named_tensors(slot=work.slot.operands, parts=work.chunk.reads)
-                    outputs = _named_tensors(slot=work.slot.outputs, parts=work.chunk.writes)
-                    session.step(inputs, outputs)
-                    if work.last:
-                        self.facts[work.job.name] = {"action": work.job.transform.action, **session.facts()}
-                        session = None
+            if work.running is not None and work.chunk is not None and work.slot is not None:
+                self._compute(work.running, work.chunk, work.slot)
             self._give(self.computed, work)
         self._give(self.computed, None)
+
+    def _compute(self, running: _Running, chunk: Chunk, slot: _Slot) -> None:
+        tensors = _named_tensors(slot.operands, chunk.all_reads)
+        outputs = _named_tensors(slot.outputs, chunk.writes)
+        whole = {read.operand: tensors.pop(read.operand) for read in chunk.whole}
+        if chunk is running.job.chunks[0]:
+            with self._busy("compute"):
+                session = running.job.transform.begin(self.device)
+                session.prepare(whole)
+            running.session = session
+            running.ready.set()
+        while not running.ready.wait(timeout=0.1):
+            if self.stop.is_set():
+                raise _Stopped
+        assert running.session is not None  # noqa: S101 - set before `ready`
+        with self._busy("compute"):
+            running.session.step(chunk.first_row, tensors, outputs)
+        with running.lock:
+            running.left -= 1
+            if running.left == 0:
+                self.facts[running.job.name] = {"action": running.job.transform.action, **running.session.facts()}
 
     def _write_all(self) -> None:
         with contextlib.ExitStack() as stack:
             writers = {file.name: stack.enter_context(self._open(file)) for file in self.plan.files}
-            while (work := self._take(self.computed)) is not None:
+            for work in self._in_order():
                 with self._busy("write"):
-                    if work.chunk is not None and work.slot is not None:
-                        for write, view in zip(
-                            work.chunk.writes, _parts(work.slot.outputs, work.chunk.writes), strict=True
-                        ):
-                            writers[write.file_name].write(write.offset, _memory(view))
-                            self.progress(write.tensor, write.nbytes)
-                        self.free.put(work.slot)
-                    elif isinstance(work.job, CopyJob):
-                        self._copy(work.job, writers[work.job.file_name])
+                    self._write(work, writers)
             self.records = [FileRecord(name, *writer.finish()) for name, writer in writers.items()]
+
+    def _in_order(self) -> Iterator[_Work]:
+        """What the workers are done with, in the order of reading, so that every file grows front to back."""
+        waiting: dict[int, _Work] = {}
+        place, ended = 0, 0
+        while ended < self.plan.workers:
+            work = self._take(self.computed)
+            if work is None:
+                ended += 1
+                continue
+            waiting[work.place] = work
+            while place in waiting:
+                yield waiting.pop(place)
+                place += 1
+
+    def _write(self, work: _Work, writers: Mapping[str, ShardWriter]) -> None:
+        if work.copy is not None:
+            self._copy(work.copy, writers[work.copy.file_name])
+        if work.chunk is None or work.slot is None:
+            return
+        for write, view in zip(work.chunk.writes, _parts(work.slot.outputs, work.chunk.writes), strict=True):
+            writers[write.file_name].write(write.offset, _memory(view))
+            self.progress(write.tensor, write.nbytes)
+        self.free.put(work.slot)
 
     def _open(self, file: PackedFile) -> ShardWriter:
         return ShardWriter(self.folder / file.name, file.header, file.nbytes)
@@ -266,6 +312,20 @@ class _Run:
             self.progress(job.names[0], nbytes)
             if self.stop.is_set():
                 raise _Stopped
+
+
+@contextlib.contextmanager
+def _threads_each(workers: int) -> Iterator[None]:
+    """Gives each of several workers one CPU thread: torch's own threads would wait for each other, and for the hashing."""
+    import torch
+
+    threads = torch.get_num_threads()
+    if workers > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _pieces(nbytes: int) -> Iterator[tuple[int, int]]:
@@ -287,10 +347,10 @@ def _parts(slot: torch.Tensor, parts: Sequence[Read | Write]) -> Iterator[torch.
         position += -(-part.nbytes // BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT
 
 
-def _named_tensors(slot: torch.Tensor, parts: Sequence[Read | Write]) -> dict[str, torch.Tensor]:
+def _named_tensors(buffer: torch.Tensor, parts: Sequence[Read | Write]) -> dict[str, torch.Tensor]:
     return {
         part.operand if isinstance(part, Read) else part.tensor: view.view(torch_dtype(part.dtype)).view(part.shape)
-        for part, view in zip(parts, _parts(slot, parts), strict=True)
+        for part, view in zip(parts, _parts(buffer, parts), strict=True)
     }
 
 

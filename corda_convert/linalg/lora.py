@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 
 def delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """`s·B·A`: (d_out, d_in) from (r, d_in) and (d_out, r), scaled after the product as PEFT does it."""
-    product = lora_B @ lora_A
-    return product if scaling == 1.0 else product.mul_(scaling)
+    if math.frexp(scaling)[0] == 0.5:  # a power of two: exact wherever it is applied, and cheaper on B
+        return (lora_B if scaling == 1.0 else lora_B * scaling) @ lora_A
+    return (lora_B @ lora_A).mul_(scaling)
 
 
 def difference(lora_A: Tensor, lora_B: Tensor, initial_lora_A: Tensor, initial_lora_B: Tensor) -> tuple[Tensor, Tensor]:

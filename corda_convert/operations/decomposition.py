@@ -91,7 +91,10 @@ class _DecomposeSession:
     device: torch.device
     result: Facts = field(default_factory=dict)
 
-    def step(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+    def prepare(self, operands: Mapping[str, Tensor]) -> None:
+        """There are none: all the work is one step."""
+
+    def step(self, first_row: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         begun = time.perf_counter()
         with threads_for(min(self.transform.weight.shape)):
             self._decompose(inputs, outputs)

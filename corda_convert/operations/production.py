@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     import torch
 
 
+MAX_WORKERS = 16
+"""More cores than this do not help: reading, hashing and writing are the bound by then."""
+
+
 @dataclass(frozen=True, slots=True)
 class Input:
     """A folder or file that a command reads, and its part in it. `digest_always` for small ones, read out of order."""
@@ -105,7 +109,9 @@ def produce(production: Production, run: RunOptions) -> Outcome:
         hub.check_access(run.push_to, private=run.private)
     device = resolve_device(run.device)
     baseline = _resident_bytes()
-    plan = pack(production.files, max_memory_bytes=run.max_memory_bytes, held_bytes=baseline)
+    plan = pack(
+        production.files, workers=worker_count(device), max_memory_bytes=run.max_memory_bytes, held_bytes=baseline
+    )
     side_bytes = sum(file.nbytes for file in production.side_files)
     staging.check_space(production.output, plan.write_bytes + side_bytes)
     receipt = _planned_receipt(production, plan, baseline)
@@ -266,6 +272,13 @@ def _file_entry(folder: Path, path: Path, digests: Mapping[str, str]) -> dict[st
 
 def _all_files(folder: Path) -> Iterable[Path]:
     return (path for path in folder.rglob("*") if path.is_file())
+
+
+def worker_count(device: torch.device) -> int:
+    """Threads that compute: one for each of torch's on a CPU, one for another device, which does its own scheduling."""
+    import torch
+
+    return min(torch.get_num_threads(), MAX_WORKERS) if device.type == "cpu" else 1
 
 
 def peak_resident_bytes() -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from math import isfinite, prod, sqrt
+from math import isfinite, lcm, prod, sqrt
 from typing import TYPE_CHECKING, Literal
 
 from corda_convert.adapters.factors import Layout, ModuleFactors, RowFold
@@ -56,12 +57,18 @@ class FoldTransform:
         return "F64" if "F64" in (self.weight.spec.dtype, self.dtype) else "F32"
 
     def workspace_bytes(self, rows: int) -> int:
+        """Four copies of the rows, and the operands twice: as prepared, and on their way there."""
         block = rows * prod(self.weight.shape[1:])
-        operands = sum(ref.spec.elements for ref in self.factors.operands().values())
-        return _bytes(3 * block + 3 * operands, self.compute_dtype)
+        operands = sum(ref.spec.elements for ref in self.whole.values())
+        streamed = sum(rows * prod(ref.shape[1:]) for name, ref in self.streamed.items() if name != "weight")
+        return _bytes(4 * block + 2 * operands + 2 * streamed, self.compute_dtype)
 
     def begin(self, device: torch.device) -> Session:
         return _FoldSession(self, device)
+
+
+PASS_ELEMENTS = 1 << 18
+"""On a CPU a chunk is folded in passes of about this many elements, 1 MB in float32: what fits a core's own cache."""
 
 
 @dataclass(slots=True)
@@ -69,53 +76,70 @@ class _FoldSession:
     transform: FoldTransform
     device: torch.device
     fold: RowFold | None = None
-    first: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
     squares: dict[str, float] = field(default_factory=lambda: {"weight": 0.0, "delta": 0.0, "rounding": 0.0})
 
-    def step(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-        import torch
-
-        (output,) = outputs.values()
+    def prepare(self, operands: Mapping[str, Tensor]) -> None:
+        for name, tensor in operands.items():
+            self._check_finite(name, tensor)
         dtype = torch_dtype(self.transform.compute_dtype)
-        on_device = {name: tensor.to(self.device, copy=True) for name, tensor in inputs.items() if name != "weight"}
-        if self.fold is None:
-            whole = {name: on_device[name] for name in self.transform.whole}
-            self.fold = self.transform.factors.begin(self.transform.layout, whole, dtype)
+        on_device = {name: tensor.to(self.device, dtype, copy=True) for name, tensor in operands.items()}
+        self.fold = self.transform.factors.begin(self.transform.layout, on_device, dtype)
+
+    def step(self, first_row: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        (output,) = outputs.values()
+        for part in self._passes(inputs["weight"]):
+            self._pass(first_row + part.start, {name: tensor[part] for name, tensor in inputs.items()}, output[part])
+
+    def _passes(self, stored: Tensor) -> Iterator[slice]:
+        rows = stored.shape[0]
+        step = rows
+        if self.device.type == "cpu":
+            quantum = lcm(self.transform.row_quantum, 16)
+            step = max(quantum, PASS_ELEMENTS // max(stored.shape[1], 1) // quantum * quantum)
+        for begin in range(0, rows, step):
+            yield slice(begin, min(begin + step, rows))
+
+    def _pass(self, first_row: int, inputs: Mapping[str, Tensor], output: Tensor) -> None:
+        import torch
+
+        dtype = torch_dtype(self.transform.compute_dtype)
         stored = inputs["weight"]
-        rows = stored.to(self.device, copy=True).to(dtype)
-        self._add("weight", rows)
-        if self.transform.rounding == "peft" and self.transform.layout == "in_out" and _is_embedding(self.transform):
-            rows = self._twice_rounded(rows, on_device)
-        else:
-            change = self.fold.fold(rows, self.first, on_device)
-            self.squares["delta"] += change
-        if not isfinite(self.squares["delta"]) or not isfinite(self.squares["weight"]):
+        streamed = {name: tensor.to(self.device, dtype) for name, tensor in inputs.items() if name != "weight"}
+        rows = stored.to(self.device, dtype, copy=True)
+        weight_square = _square(rows)
+        rows, delta_square = self._folded(rows, first_row, streamed)
+        if not isfinite(delta_square) or not isfinite(weight_square):
             raise self._culprit(inputs)
-        if self.squares["delta"] == 0.0:
-            rows = stored  # bit for bit, the sign of zero included
-        output.copy_(rows)
-        if output.dtype != dtype and rows is not stored:
-            rows -= output.to(self.device)
-            self._add("rounding", rows)
-            if not isfinite(self.squares["rounding"]):
-                raise _overflow(self.transform.weight.name, self.transform.dtype)
-        elif output.dtype == torch.float16 and not bool(torch.isfinite(output).all()):
+        rounding_square = 0.0
+        if delta_square == 0.0:
+            output.copy_(stored)  # bit for bit, the sign of zero included
+        else:
+            output.copy_(rows)
+            if output.dtype != dtype:
+                rounding_square = _square(torch.sub(rows, output.to(self.device, dtype), out=rows))
+        if not isfinite(rounding_square) or (output.dtype == torch.float16 and not bool(torch.isfinite(output).all())):
             raise _overflow(self.transform.weight.name, self.transform.dtype)
-        self.first += stored.shape[0]
+        with self.lock:
+            for name, square in (("weight", weight_square), ("delta", delta_square), ("rounding", rounding_square)):
+                self.squares[name] += square
 
-    def _twice_rounded(self, rows: Tensor, streamed: Mapping[str, Tensor]) -> Tensor:
+    def _folded(self, rows: Tensor, first_row: int, streamed: Mapping[str, Tensor]) -> tuple[Tensor, float]:
         import torch
 
-        assert self.fold is not None  # noqa: S101 - set by the caller
+        assert self.fold is not None  # noqa: S101 - set by `prepare`
+        if self.transform.rounding == "nearest" or not _is_embedding(self.transform):
+            return rows, self.fold.fold(rows, first_row, streamed)
         change = torch.zeros_like(rows)
-        self.squares["delta"] += self.fold.fold(change, self.first, streamed)
-        dtype = torch_dtype(self.transform.weight.spec.dtype)
-        return (rows.to(dtype) + change.to(dtype)).to(rows.dtype)
+        square = self.fold.fold(change, first_row, streamed)
+        stored = torch_dtype(self.transform.weight.spec.dtype)
+        return (rows.to(stored) + change.to(stored)).to(rows.dtype), square
 
-    def _add(self, name: str, tensor: Tensor) -> None:
+    def _check_finite(self, name: str, tensor: Tensor) -> None:
         import torch
 
-        self.squares[name] += float(torch.linalg.vector_norm(tensor)) ** 2
+        if not bool(torch.isfinite(tensor).all()):
+            raise self._culprit({name: tensor})
 
     def _culprit(self, inputs: Mapping[str, Tensor]) -> CordaConvertError:
         import torch
@@ -145,6 +169,13 @@ class _FoldSession:
             "delta_norm": norms["delta"],
             "rounding_norm": norms["rounding"],
         }
+
+
+def _square(tensor: Tensor) -> float:
+    """The squared Frobenius norm; not finite if an entry is not."""
+    import torch
+
+    return float(torch.linalg.vector_norm(tensor)) ** 2
 
 
 def _is_embedding(transform: FoldTransform) -> bool:
@@ -183,7 +214,10 @@ class CastTransform:
 class _CastSession:
     transform: CastTransform
 
-    def step(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+    def prepare(self, operands: Mapping[str, Tensor]) -> None:
+        """There are none."""
+
+    def step(self, first_row: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         import torch
 
         (output,) = outputs.values()
@@ -236,7 +270,10 @@ class JoinTransform:
 class _JoinSession:
     transform: JoinTransform
 
-    def step(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+    def prepare(self, operands: Mapping[str, Tensor]) -> None:
+        """There are none."""
+
+    def step(self, first_row: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         import torch
 
         (output,) = outputs.values()

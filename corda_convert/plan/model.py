@@ -21,13 +21,18 @@ Facts = dict[str, Any]
 
 
 class Session(Protocol):
-    """One job while it runs. `step` is called once for each chunk, in order."""
+    """One job while it runs: `prepare` once, then `step` for each chunk, in any order and on several threads at once.
 
-    def step(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
-        """Reads `inputs` (host memory, by operand name) and fills `outputs` (host memory, by tensor name).
+    Tensors are buffers in host memory that the engine takes back when the call returns; what is kept must be copied.
+    Both raise one of our errors to stop the run.
+    """
 
-        Both are buffers that the engine takes back when `step` returns. Raises one of our errors to stop the run.
-        """
+    def prepare(self, operands: Mapping[str, torch.Tensor]) -> None:
+        """Takes the operands that are read whole, by operand name. A job without streamed operands gets them in `step`."""
+        ...
+
+    def step(self, first_row: int, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
+        """Reads the rows of the streamed operands from `first_row` on, and fills `outputs`, by tensor name."""
         ...
 
     def facts(self) -> Facts:
@@ -45,7 +50,7 @@ class Transform(Protocol):
 
     @property
     def whole(self) -> Mapping[str, TensorRef]:
-        """Operands that are read whole, before the first step."""
+        """Operands that are read whole."""
         ...
 
     @property
@@ -118,14 +123,20 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One step of a compute job: what is read for it and what it writes."""
+    """One step of a compute job: what is read and what it writes. The first of a streaming job has `prepare`'s operands."""
 
+    first_row: int
+    whole: tuple[Read, ...]
     reads: tuple[Read, ...]
     writes: tuple[Write, ...]
 
     @property
+    def all_reads(self) -> tuple[Read, ...]:
+        return (*self.whole, *self.reads)
+
+    @property
     def read_bytes(self) -> int:
-        return sum(_aligned(read.nbytes) for read in self.reads)
+        return sum(_aligned(read.nbytes) for read in self.all_reads)
 
     @property
     def write_bytes(self) -> int:
@@ -134,7 +145,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class ComputeJob:
-    """A transform and its chunks. `retained_bytes` of operands stay in memory between them."""
+    """A transform and its chunks. `workspace_bytes` is what one chunk's computation needs beside the buffers."""
 
     name: str
     transform: Transform
@@ -180,6 +191,7 @@ class Plan:
     files: tuple[PackedFile, ...]
     jobs: tuple[Job, ...]
     slots: int
+    workers: int
     read_buffer_bytes: int
     write_buffer_bytes: int
     workspace_bytes: int
@@ -192,7 +204,9 @@ class Plan:
     @property
     def read_bytes(self) -> int:
         return sum(
-            job.nbytes if isinstance(job, CopyJob) else sum(read.nbytes for chunk in job.chunks for read in chunk.reads)
+            job.nbytes
+            if isinstance(job, CopyJob)
+            else sum(read.nbytes for chunk in job.chunks for read in chunk.all_reads)
             for job in self.jobs
         )
 
@@ -215,7 +229,7 @@ class Plan:
     def memory_bytes(self) -> int:
         """The bound on what the engine allocates, beside the interpreter with its libraries."""
         slots = self.slots * (self.read_buffer_bytes + self.write_buffer_bytes)
-        return slots + self.workspace_bytes + self.copy_bytes
+        return slots + self.workers * self.workspace_bytes + self.copy_bytes
 
 
 BUFFER_ALIGNMENT = 64

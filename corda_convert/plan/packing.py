@@ -28,15 +28,18 @@ BLOCK_ELEMENTS = 1 << 20
 """Elements of a row block: 4 MB in float32, so that the passes over a block stay in the processor's cache. It does
 not depend on the memory budget: the same blocks, so the same bits, for every budget."""
 
-SLOTS = 4
-"""Chunks in flight: one being read, one computed, one written, one in reserve."""
+SLOTS = 3
+"""Chunks in flight beside those that are computed: one being read, one being written, one in reserve."""
 
 
-def pack(files: Sequence[OutputFileSpec], *, max_memory_bytes: int | None = None, held_bytes: int = 0) -> Plan:
+def pack(
+    files: Sequence[OutputFileSpec], *, workers: int = 1, max_memory_bytes: int | None = None, held_bytes: int = 0
+) -> Plan:
     """Lays out every file and cuts the work into jobs, in the order of the files' bytes.
 
-    Raises `MemoryBudgetExceeded`, naming the worst job, if even one chunk in flight needs more than `max_memory_bytes`
-    leaves beside the `held_bytes` of the program itself.
+    `workers` chunks are computed at once; one where the memory allows no more, and where a job does all its work in one
+    step, which then has torch's own threads. Raises `MemoryBudgetExceeded`, naming the worst job, if even one chunk in
+    flight needs more than `max_memory_bytes` leaves beside the `held_bytes` of the program itself.
     """
     packed, places = _lay_out(files)
     jobs = tuple(_jobs(files, places))
@@ -45,9 +48,13 @@ def pack(files: Sequence[OutputFileSpec], *, max_memory_bytes: int | None = None
     write_buffer = max((chunk.write_bytes for job in compute for chunk in job.chunks), default=0)
     workspace = max((job.workspace_bytes for job in compute), default=0)
     worst = max(compute, key=_job_bytes, default=None)
-    plan = Plan(packed, jobs, SLOTS, read_buffer, write_buffer, workspace, worst.name if worst else "")
+    if any(not job.transform.streamed for job in compute):
+        workers = 1
+    plan = Plan(
+        packed, jobs, SLOTS + workers, workers, read_buffer, write_buffer, workspace, worst.name if worst else ""
+    )
     while max_memory_bytes is not None and plan.slots > 1 and held_bytes + plan.memory_bytes > max_memory_bytes:
-        plan = replace(plan, slots=plan.slots - 1)
+        plan = replace(plan, slots=plan.slots - 1, workers=max(1, min(plan.workers, plan.slots - 2)))
     needed = held_bytes + plan.memory_bytes
     if max_memory_bytes is not None and needed > max_memory_bytes:
         raise MemoryBudgetExceeded(
@@ -136,14 +143,14 @@ def _compute_job(
     whole = tuple(_read(operand, ref, 0, ref.shape[0] if ref.shape else 1) for operand, ref in transform.whole.items())
     if not transform.streamed:
         writes = tuple(_write(file_name, spec, places, 0, _rows(spec)) for file_name, spec in outputs)
-        return ComputeJob(name, transform, (Chunk(whole, writes),), transform.workspace_bytes(0))
+        return ComputeJob(name, transform, (Chunk(0, (), whole, writes),), transform.workspace_bytes(0))
     ((file_name, spec),) = outputs
     blocks = row_blocks(spec.shape, transform.row_quantum)
     chunks = []
     for index, (begin, end) in enumerate(blocks):
         reads = tuple(_read(operand, ref, begin, end) for operand, ref in transform.streamed.items())
         writes = (_write(file_name, spec, places, begin, end),)
-        chunks.append(Chunk((*whole, *reads) if index == 0 else reads, writes))
+        chunks.append(Chunk(begin, whole if index == 0 else (), reads, writes))
     rows = max((end - begin for begin, end in blocks), default=0)
     return ComputeJob(name, transform, tuple(chunks), transform.workspace_bytes(rows))
 
