@@ -61,12 +61,16 @@ class ScaleSession:
     factor: float = 0.0
     rows: list[int] = field(default_factory=list)
 
-    def step(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
+    def prepare(self, operands: Mapping[str, torch.Tensor]) -> None:
+        assert not self.rows
+        assert set(operands) == {"factor"}
+        self.factor = float(operands["factor"][0])
+
+    def step(self, first_row: int, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
         if len(self.rows) == self.transform.fail_at_step:
             raise ArithmeticError("as asked")
-        if not self.rows:
-            self.factor = float(inputs["factor"][0])
-        assert ("factor" in inputs) == (not self.rows)
+        assert set(inputs) == {"source"}
+        assert first_row == 0 or first_row % 16 == 0
         (output,) = outputs.values()
         output.copy_(inputs["source"] * self.factor)
         self.rows.append(output.shape[0] if output.shape else 1)
@@ -101,7 +105,10 @@ class Halves:
 class HalvesSession:
     transform: Halves
 
-    def step(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
+    def prepare(self, operands: Mapping[str, torch.Tensor]) -> None:
+        assert not operands
+
+    def step(self, first_row: int, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
         for name, half in zip(self.transform.names, inputs["source"].chunk(2), strict=True):
             outputs[name].copy_(half)
 
@@ -141,10 +148,10 @@ def scaling(file: TensorFile, *, fail_at_step: int = -1) -> tuple[Produced, ...]
     )
 
 
-def make_plan(*tensors: Produced | Copied, slots: int = 4) -> Plan:
+def make_plan(*tensors: Produced | Copied, slots: int = 4, workers: int = 1) -> Plan:
     files = [OutputFileSpec(MAIN, tuple(tensors), {"format": "pt"})]
-    plan = pack(files)
-    if slots == 4:
+    plan = pack(files, workers=workers)
+    if slots == 4 or workers > 1:
         return plan
     slot = plan.read_buffer_bytes + plan.write_buffer_bytes
     fewer = pack(files, max_memory_bytes=plan.memory_bytes - (4 - slots) * slot)
@@ -244,6 +251,42 @@ def test_the_bytes_do_not_depend_on_the_number_of_slots(
     assert all(found[name].equal(tensor * 1.5) for name, tensor in tensors.items())
     if "large" in tensors:
         assert records[0].facts["large"]["rows"] == [16] * 125
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+def test_several_workers_write_the_same_bytes_and_record_the_facts_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr(packing, "BLOCK_ELEMENTS", 256)
+    tensors = {"large": random(2000, 16), **{f"t{number:03}": random(2, 3, seed=number) for number in range(100)}}
+    file = MemoryFile({"factor": torch.tensor([1.5]), **tensors})
+    alone = run(make_plan(*scaling(file)), tmp_path / "alone")
+    threads = torch.get_num_threads()
+    several = run(make_plan(*scaling(file), workers=workers), tmp_path / "several")
+    assert torch.get_num_threads() == threads
+    assert several.files == alone.files
+    assert several.facts.keys() == tensors.keys()
+    assert sorted(several.facts["large"]["rows"]) == alone.facts["large"]["rows"] == [16] * 125
+
+
+def test_the_steps_of_one_tensor_overlap_on_several_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps wait for each other: with one worker, or with steps one after the other, this would time out."""
+    monkeypatch.setattr(packing, "BLOCK_ELEMENTS", 64)
+    meeting = threading.Barrier(2, timeout=20)
+
+    class Meeting(ScaleSession):
+        def step(self, first_row: int, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
+            meeting.wait()
+            (output,) = outputs.values()
+            output.copy_(inputs["source"] * self.factor)
+
+    class Met(Scale):
+        def begin(self, device: torch.device) -> Session:
+            return Meeting(self)
+
+    file = MemoryFile({"factor": torch.tensor([2.0]), "x": random(64, 16)})
+    run(make_plan(Produced(file.specs["x"], Met(ref(file, "x"), ref(file, "factor"))), workers=2), tmp_path / "out")
+    assert load_file(tmp_path / "out" / MAIN)["x"].equal(random(64, 16) * 2)
 
 
 def test_progress_tells_every_byte_that_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -462,12 +505,12 @@ def test_memory_stays_below_the_plan_and_does_not_grow_with_the_checkpoint(tmp_p
 @needs_proc
 def test_max_memory_is_honoured_and_changes_no_byte(tmp_path: Path, large: Large) -> None:
     free = large.receipt["plan"]
-    assert free["slots"] == 4
+    assert free["slots"] == packing.SPARE_SLOTS + free["workers"]
     limit = free["memory_bytes"] - free["buffer_bytes"] // 3
     tight, peak = measure(
         "merge", large.model, "--adapter", large.adapter, "-o", tmp_path / "tight", "--max-memory", limit
     )
-    assert tight["plan"]["slots"] < 4
+    assert tight["plan"]["slots"] < free["slots"]
     assert tight["plan"]["memory_bytes"] <= limit
     assert peak <= limit + SLACK
     assert weight_files(tmp_path / "tight") == weight_files(large.output)

@@ -20,7 +20,9 @@ from corda_convert.checkpoint.safetensors_file import SafetensorsFile, read_head
 from corda_convert.checkpoint.tensors import DTYPE_BITS, TensorRef, TensorSpec
 from corda_convert.errors import MemoryBudgetExceeded
 from corda_convert.plan.model import COPY_BYTES, ComputeJob, Copied, CopyJob, OutputFileSpec, Plan, Produced
-from corda_convert.plan.packing import BLOCK_ELEMENTS, SLOTS, encode_header, pack, row_blocks
+from corda_convert.plan.packing import BLOCK_ELEMENTS, SPARE_SLOTS, encode_header, pack, row_blocks
+
+SLOTS = SPARE_SLOTS + 1
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ def test_the_chunks_of_a_job_read_and_write_each_byte_once_and_in_order(rows: in
         position, offset = position + read.nbytes, offset + written.nbytes
     assert position == 4 * rows * columns
     assert offset == plan.files[0].nbytes == plan.write_bytes
-    assert [read.operand for read in job.chunks[0].reads] == ["factor", "source"]
+    assert [read.operand for read in job.chunks[0].all_reads] == ["factor", "source"]
     assert all(read.operand == "source" for chunk in job.chunks[1:] for read in chunk.reads)
 
 
@@ -282,6 +284,26 @@ def test_slots_fall_with_the_budget_and_the_plan_stays_within_it() -> None:
         assert pack(files, max_memory_bytes=budget + 10**9, held_bytes=10**9).slots == slots
         if slots > 1:
             assert pack(files, max_memory_bytes=budget - 1).slots == slots - 1
+
+
+def test_workers_have_a_slot_and_a_workspace_each_and_fall_with_the_budget() -> None:
+    files = scaled(w=(4096, 1024))
+    plan = pack(files, workers=4)
+    slot = plan.read_buffer_bytes + plan.write_buffer_bytes
+    assert (plan.workers, plan.slots) == (4, SPARE_SLOTS + 4)
+    assert plan.memory_bytes == plan.slots * slot + 4 * plan.workspace_bytes
+    for budget in range(slot + plan.workspace_bytes, plan.memory_bytes, slot // 2):
+        fewer = pack(files, workers=4, max_memory_bytes=budget)
+        assert fewer.memory_bytes <= budget
+        assert 1 <= fewer.workers <= fewer.slots
+        assert fewer.jobs == plan.jobs
+
+
+def test_a_job_that_does_all_its_work_in_one_step_has_torchs_threads_to_itself() -> None:
+    file = Claimed(w=(6, 4))
+    spec = TensorSpec("w", "F32", (6, 4))
+    transform = AtOnce(file.ref("w"), workspace=1000)
+    assert pack([OutputFileSpec("m", (Produced(spec, transform),), {})], workers=4).workers == 1  # type: ignore[arg-type]
 
 
 def test_a_budget_below_one_slot_is_refused_and_the_worst_step_named() -> None:

@@ -173,6 +173,7 @@ def _planned_receipt(production: Production, plan: Plan, baseline: int) -> dict[
             "memory_bytes": baseline + plan.memory_bytes,
             "buffer_bytes": plan.memory_bytes,
             "slots": plan.slots,
+            "workers": plan.workers,
             "worst_step": plan.worst_job,
             "tensors": _actions(plan),
         },

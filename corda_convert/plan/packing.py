@@ -28,7 +28,7 @@ BLOCK_ELEMENTS = 1 << 20
 """Elements of a row block: 4 MB in float32, so that the passes over a block stay in the processor's cache. It does
 not depend on the memory budget: the same blocks, so the same bits, for every budget."""
 
-SLOTS = 3
+SPARE_SLOTS = 3
 """Chunks in flight beside those that are computed: one being read, one being written, one in reserve."""
 
 
@@ -51,7 +51,7 @@ def pack(
     if any(not job.transform.streamed for job in compute):
         workers = 1
     plan = Plan(
-        packed, jobs, SLOTS + workers, workers, read_buffer, write_buffer, workspace, worst.name if worst else ""
+        packed, jobs, SPARE_SLOTS + workers, workers, read_buffer, write_buffer, workspace, worst.name if worst else ""
     )
     while max_memory_bytes is not None and plan.slots > 1 and held_bytes + plan.memory_bytes > max_memory_bytes:
         plan = replace(plan, slots=plan.slots - 1, workers=max(1, min(plan.workers, plan.slots - 2)))
