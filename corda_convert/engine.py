@@ -136,15 +136,16 @@ class _Run:
             threading.Thread(target=self._guard, args=(loop,), name=loop.__name__, daemon=True) for loop in loops
         ]
         with _threads_each(self.plan.workers):
-            for thread in threads:
-                thread.start()
             try:
+                for thread in threads:
+                    thread.start()
                 for thread in threads:
                     thread.join()
             except BaseException as failure:  # the interrupt key reaches this thread only
                 self._fail(failure)
                 for thread in threads:
-                    thread.join()
+                    with contextlib.suppress(RuntimeError):  # it was not started yet
+                        thread.join()
         if self.failure is not None:
             raise self.failure
         return RunRecord(
