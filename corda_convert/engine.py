@@ -118,6 +118,7 @@ class _Run:
         self.progress = progress
         self.stop = threading.Event()
         self.failure: BaseException | None = None
+        self.ended = threading.Semaphore(0)  # waited on instead of `join`, which, interrupted, takes a thread for dead
         self.free: queue.Queue[_Slot | None] = queue.Queue()
         self.read: queue.Queue[_Work | None] = queue.Queue(maxsize=plan.slots + 1)
         self.computed: queue.Queue[_Work | None] = queue.Queue(maxsize=plan.slots + 1)
@@ -139,13 +140,12 @@ class _Run:
             try:
                 for thread in threads:
                     thread.start()
-                for thread in threads:
-                    thread.join()
+                for _ in threads:
+                    self.ended.acquire()
             except BaseException as failure:  # the interrupt key reaches this thread only
                 self._fail(failure)
-                for thread in threads:
-                    with contextlib.suppress(RuntimeError):  # it was not started yet
-                        thread.join()
+            for thread in threads:
+                _join(thread)
         if self.failure is not None:
             raise self.failure
         return RunRecord(
@@ -165,6 +165,8 @@ class _Run:
             pass
         except BaseException as failure:
             self._fail(failure)
+        finally:
+            self.ended.release()
 
     def _fail(self, failure: BaseException) -> None:
         if self.failure is None:
@@ -313,6 +315,17 @@ class _Run:
             self.progress(job.names[0], nbytes)
             if self.stop.is_set():
                 raise _Stopped
+
+
+def _join(thread: threading.Thread) -> None:
+    """Waits for the end of a thread, even of one whose start was interrupted; not for one that was never started."""
+    for _ in range(1000):
+        with contextlib.suppress(RuntimeError):
+            return thread.join()
+        if thread not in threading.enumerate():
+            return None
+        time.sleep(0.001)
+    return None
 
 
 @contextlib.contextmanager

@@ -24,10 +24,10 @@ from corda_convert.errors import (
     raise_problems,
 )
 from corda_convert.operations.decomposition import DecomposeTransform, Method, Mode
+from corda_convert.operations.evidence import initial_adapter_of
 from corda_convert.operations.model_side import model_side_files, transformers_card, with_snippet
 from corda_convert.operations.options import Outcome, RunOptions
 from corda_convert.operations.production import Input, Production, checkpoint_files, produce
-from corda_convert.output.receipt import is_residual, read_receipt
 from corda_convert.output.side_files import json_file, override
 from corda_convert.plan.model import Copied, OutputFileSpec, Produced
 
@@ -149,9 +149,9 @@ def _check_options(options: DecomposeOptions, checkpoint: Checkpoint, covariance
         raise UnsupportedInput(f"Alpha is {options.alpha}, a positive number was expected.")
     if options.damp != "peft" and not 0 <= options.damp < float("inf"):
         raise UnsupportedInput(f"The damping is {options.damp}, a number from 0 on was expected.")
-    if is_residual(read_receipt(checkpoint.root) if checkpoint.is_folder else None):
+    if initial_adapter_of(checkpoint.root) is not None:
         raise AdapterMismatch(
-            f"{checkpoint.name} is a residual already (its receipt says: decompose).",
+            f"{checkpoint.name} is a residual already: it has its initial adapter with it.",
             next_step="Decompose the base model.",
         )
 

@@ -54,8 +54,3 @@ def read_receipt(folder: Path) -> dict[str, Any] | None:
             next_step="Install the version of corda-convert that wrote it.",
         )
     return receipt
-
-
-def is_residual(receipt: dict[str, Any] | None) -> bool:
-    """Whether the folder holds a residual, whose weights lack what its `corda_init` adds."""
-    return receipt is not None and receipt.get("command") == "decompose"

@@ -78,7 +78,7 @@ def _walk(folder: Path) -> list[Path]:
     files: list[Path] = []
     for entry in folder.iterdir():
         if entry.name.startswith(".") or entry.name == INITIAL_ADAPTER_FOLDER:
-            continue
+            continue  # the initial adapter belongs to the residual, not to what is made of it
         if entry.is_dir():
             if not entry.is_symlink():
                 files += _walk(entry)
