@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -865,13 +866,17 @@ def test_init_together_with_our_residual_as_the_model_is_refused(
 ) -> None:
     residual = own_residuals["kpm"]
     assert refusal("merge", residual, "--adapter", residual / "corda_init", "--init", residual / "corda_init") == (
-        "kpm is a residual (its receipt says: decompose), and --init is for merging into the base.\n"
+        "kpm is a residual (it has its initial adapter with it), and --init is for merging into the base.\n"
         "Leave out --init, or give the base model."
     )
 
 
-def test_init_together_with_a_foreign_residual_as_the_model_is_refused(refusal: Refusal) -> None:
-    message = refusal("merge", RESIDUAL, "--adapter", ADAPTERS / "corda", "--init", RESIDUAL / "corda_init")
+def test_init_together_with_a_residual_that_has_lost_its_initial_adapter_is_refused(
+    refusal: Refusal, tmp_path: Path
+) -> None:
+    shutil.copytree(RESIDUAL, tmp_path / "residual", ignore=shutil.ignore_patterns("corda_init"))
+    init = RESIDUAL / "corda_init"
+    message = refusal("merge", tmp_path / "residual", "--adapter", ADAPTERS / "corda", "--init", init)
     assert message.startswith("residual is not the model that corda_init was taken from: the initial factors make up ")
     assert message.endswith(
         "of the weight in their own column space; on the base it is 100 %.\n"
@@ -965,7 +970,7 @@ def test_an_adapter_of_other_modules_is_not_merged_onto_a_residual_of_our_decomp
 
 def test_a_residual_is_not_decomposed_again(refusal: Refusal, own_residuals: dict[str, Path]) -> None:
     assert refusal(*decompose_arguments(own_residuals["kpm"], COVARIANCES)) == (
-        "kpm is a residual already (its receipt says: decompose).\nDecompose the base model."
+        "kpm is a residual already: it has its initial adapter with it.\nDecompose the base model."
     )
 
 

@@ -100,8 +100,8 @@ def check_base_of_initial(initial: Adapter, weights: dict[str, tuple[TensorRef, 
 def check_plain(adapter: Adapter, weights: dict[str, tuple[TensorRef, Layout]], model: Checkpoint) -> None:
     """Without `--init`: refuses a residual adapter on a model that is not its residual, and the reverse.
 
-    Raises `AdapterMismatch` with what gave it away: the residual's initial adapter, the adapter's config, the place that its base
-    name points to, or its numbers.
+    Raises `AdapterMismatch` with what gave it away: the residual's initial adapter, the adapter's config, the place that
+    its base name points to, or its numbers.
     """
     loras = [factors for factors in adapter.modules if isinstance(factors, LoraFactors)]
     initial = initial_adapter_of(model.root)
