@@ -684,7 +684,7 @@ class _HubHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._serve()
 
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 
     def handle(self) -> None:
         with suppress(ConnectionError):  # the client went away, or the server is closing

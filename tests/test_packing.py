@@ -306,6 +306,36 @@ def test_a_job_that_does_all_its_work_in_one_step_has_torchs_threads_to_itself()
     assert pack([OutputFileSpec("m", (Produced(spec, transform),), {})], workers=4).workers == 1  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_every_worker_has_a_slot_and_a_workspace_of_its_own(workers: int) -> None:
+    files = scaled(w=(8192, 1024))
+    plan = pack(files, workers=workers)
+    slot = plan.read_buffer_bytes + plan.write_buffer_bytes
+    assert (plan.workers, plan.slots) == (workers, SPARE_SLOTS + workers)
+    assert plan.memory_bytes == plan.slots * slot + workers * plan.workspace_bytes
+
+
+@given(st.integers(1, 16), st.integers(0, 400_000_000))
+def test_workers_fall_with_the_budget_and_the_plan_stays_within_it(workers: int, budget: int) -> None:
+    files = scaled(w=(8192, 1024))
+    try:
+        plan = pack(files, workers=workers, max_memory_bytes=budget)
+    except MemoryBudgetExceeded:
+        assert budget < pack(files, max_memory_bytes=10**9).memory_bytes
+        return
+    assert plan.memory_bytes <= budget
+    assert 1 <= plan.workers <= workers
+    assert plan.workers <= plan.slots
+    assert [job.chunks for job in compute_jobs(plan)] == [job.chunks for job in compute_jobs(pack(files))]
+
+
+def test_a_job_that_does_all_its_work_in_one_step_has_the_only_worker() -> None:
+    file = Claimed(w=(6, 4))
+    produced = Produced(file.specs["w"], AtOnce(file.ref("w"), workspace=10**6))  # type: ignore[arg-type]
+    plan = pack([*scaled(v=(64, 64)), OutputFileSpec("y.safetensors", (produced,), {})], workers=8)
+    assert (plan.workers, plan.slots) == (1, SLOTS)
+
+
 def test_a_budget_below_one_slot_is_refused_and_the_worst_step_named() -> None:
     files = scaled(small=(16, 8), large=(4096, 1024), other=(64, 64))
     plan = pack(files)
