@@ -1,9 +1,11 @@
 """The command line as its user meets it: help, exit status, what is printed where, and the same bytes every time."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,10 @@ from building import (
 from conftest import Ran, assert_no_leftovers
 
 import corda_convert
+from corda_convert import engine
 from corda_convert.cli import Size, cli
 from corda_convert.operations.transforms import FoldTransform
+from corda_convert.output.side_files import SideFile
 
 Command = Callable[..., Ran]
 
@@ -189,36 +193,59 @@ def test_sizes_have_decimal_and_binary_units(text: str, nbytes: int) -> None:
 
 
 @pytest.fixture
-def interrupted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The third weight that is folded presses Ctrl-C."""
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The third weight that is folded presses Ctrl-C, and goes on when the engine has been told to stop."""
     begun: list[str] = []
-    begin = FoldTransform.begin
+    begin, fail = FoldTransform.begin, engine._Run._fail
+    told = threading.Event()
 
     def press(transform: FoldTransform, device: torch.device) -> Any:
         begun.append(transform.weight.name)
         if len(begun) == 3:
-            signal.raise_signal(signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert told.wait(timeout=20)
         return begin(transform, device)
 
+    def tell(run: engine._Run, failure: BaseException) -> None:
+        fail(run, failure)
+        told.set()
+
     monkeypatch.setattr(FoldTransform, "begin", press)
-    yield begun
-    assert len(begun) == 3
+    monkeypatch.setattr(engine._Run, "_fail", tell)
+    yield
+    assert told.is_set()
 
 
-@pytest.mark.usefixtures("interrupted")
-def test_an_interrupt_is_130_and_leaves_nothing(command: Command, merging: tuple[object, ...], tmp_path: Path) -> None:
+@pytest.fixture
+def interrupted_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C is pressed when all weights are written and the side files' turn has come."""
+    monkeypatch.setattr(SideFile, "write", lambda _file, _folder: signal.raise_signal(signal.SIGINT))
+
+
+@pytest.mark.parametrize("moment", ["interrupted", "interrupted_late"])
+def test_an_interrupt_is_130_and_leaves_nothing(
+    command: Command, merging: tuple[object, ...], tmp_path: Path, request: pytest.FixtureRequest, moment: str
+) -> None:
+    request.getfixturevalue(moment)
     ran = command(*merging, "-o", tmp_path / "out")
     assert (ran.status, ran.out, ran.err.strip()) == (130, "", "Interrupted; nothing was written.")
     assert not (tmp_path / "out").exists()
     assert_no_leftovers(tmp_path)
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("_")] == []
 
 
+@pytest.mark.parametrize("moment", ["interrupted", "interrupted_late"])
 def test_an_interrupted_overwrite_leaves_the_old_output(
-    command: Command, done: Command, merging: tuple[object, ...], tmp_path: Path, request: pytest.FixtureRequest
+    command: Command,
+    done: Command,
+    merging: tuple[object, ...],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    moment: str,
 ) -> None:
     done(*merging, "-o", tmp_path / "out")
     before = files_below(tmp_path / "out")
-    request.getfixturevalue("interrupted")
+    request.getfixturevalue(moment)
     assert command(*merging, "-o", tmp_path / "out", "--overwrite").status == 130
     assert files_below(tmp_path / "out") == before
     assert_no_leftovers(tmp_path)

@@ -514,4 +514,8 @@ def test_max_memory_is_honoured_and_changes_no_byte(tmp_path: Path, large: Large
     assert tight["plan"]["memory_bytes"] <= limit
     assert peak <= limit + SLACK
     assert weight_files(tmp_path / "tight") == weight_files(large.output)
-    assert tight["tensors"] == large.receipt["tensors"]
+    for mine, theirs in zip(tight["tensors"], large.receipt["tensors"], strict=True):
+        # Norms are summed in the order in which the workers finish.
+        assert mine == {
+            key: pytest.approx(value) if isinstance(value, float) else value for key, value in theirs.items()
+        }
