@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from math import isfinite, lcm, prod, sqrt
+from math import fsum, isfinite, lcm, prod, sqrt
 from typing import TYPE_CHECKING, Literal
 
 from corda_convert.adapters.factors import Layout, ModuleFactors, RowFold
@@ -76,8 +75,7 @@ class _FoldSession:
     transform: FoldTransform
     device: torch.device
     fold: RowFold | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    squares: dict[str, float] = field(default_factory=lambda: {"weight": 0.0, "delta": 0.0, "rounding": 0.0})
+    squares: list[tuple[float, float, float]] = field(default_factory=list)
 
     def prepare(self, operands: Mapping[str, Tensor]) -> None:
         for name, tensor in operands.items():
@@ -120,9 +118,7 @@ class _FoldSession:
                 rounding_square = _square(torch.sub(rows, output.to(self.device, dtype), out=rows))
         if not isfinite(rounding_square) or (output.dtype == torch.float16 and not bool(torch.isfinite(output).all())):
             raise _overflow(self.transform.weight.name, self.transform.dtype)
-        with self.lock:
-            for name, square in (("weight", weight_square), ("delta", delta_square), ("rounding", rounding_square)):
-                self.squares[name] += square
+        self.squares.append((weight_square, delta_square, rounding_square))
 
     def _folded(self, rows: Tensor, first_row: int, streamed: Mapping[str, Tensor]) -> tuple[Tensor, float]:
         import torch
@@ -161,13 +157,14 @@ class _FoldSession:
         )
 
     def facts(self) -> Facts:
-        norms = {name: sqrt(square) for name, square in self.squares.items()}
+        # fsum is exact, so that the order in which the workers came does not show
+        weight, delta, rounding = (sqrt(fsum(parts)) for parts in zip(*self.squares, strict=True))
         return {
             **self.transform.factors.describe(),
             "module": self.transform.factors.module_name,
-            "weight_norm": norms["weight"],
-            "delta_norm": norms["delta"],
-            "rounding_norm": norms["rounding"],
+            "weight_norm": weight,
+            "delta_norm": delta,
+            "rounding_norm": rounding,
         }
 
 
