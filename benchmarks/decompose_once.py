@@ -49,7 +49,7 @@ def ours(inputs: Tensors, mode: Mode, rank: int, device: torch.device) -> tuple[
         "lora_B": torch.empty(d_out, rank),
     }
     session = transform.begin(device)
-    session.step(inputs, outputs)
+    session.step(0, inputs, outputs)
     return {name: outputs[name] for name in ("lora_A", "lora_B")}, session.facts()["damping"]["factor"]
 
 

@@ -106,10 +106,20 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def read_tensor(ref: TensorRef) -> torch.Tensor:
     """The whole tensor, in memory of its own."""
+    return _read(ref, ref.shape, 0, ref.spec.nbytes)
+
+
+def read_rows(ref: TensorRef, begin: int, end: int) -> torch.Tensor:
+    """Rows `begin … end` of the tensor, in memory of their own."""
+    row = ref.spec.row_nbytes
+    return _read(ref, (end - begin, *ref.shape[1:]), begin * row, (end - begin) * row)
+
+
+def _read(ref: TensorRef, shape: tuple[int, ...], begin: int, nbytes: int) -> torch.Tensor:
     import torch
 
-    buffer = bytearray(ref.spec.nbytes)
+    buffer = bytearray(nbytes)
     if not buffer:
-        return torch.empty(ref.shape, dtype=torch_dtype(ref.spec.dtype))
-    ref.file.read_into(ref.name, 0, memoryview(buffer))
-    return torch.frombuffer(buffer, dtype=torch_dtype(ref.spec.dtype)).reshape(ref.shape)
+        return torch.empty(shape, dtype=torch_dtype(ref.spec.dtype))
+    ref.file.read_into(ref.name, begin, memoryview(buffer))
+    return torch.frombuffer(buffer, dtype=torch_dtype(ref.spec.dtype)).reshape(shape)

@@ -26,20 +26,20 @@ def difference(lora_A: Tensor, lora_B: Tensor, initial_lora_A: Tensor, initial_l
     return right, left
 
 
-def projection_share(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> float:
-    """How much of the weight's own content `s·B·A` repeats: cosine between `s·B·A` and `Q Qᵀ W`, Q spanning B.
+def column_space(lora_B: Tensor) -> Tensor:
+    """Orthonormal columns Q (d_out, r) that span those of `lora_B`, in float64."""
+    return torch.linalg.qr(lora_B.double()).Q
 
-    Near 1 for the initial factors of a projection method (CorDA, PiSSA, OLoRA) against the weight they were taken from
-    (there `s·B·A = Q Qᵀ W`); near 0 against its residual, and for ordinary LoRA factors.
+
+def projection_share(projected: Tensor, lora_A: Tensor, lora_B: Tensor) -> float:
+    """How much of the weight's own content `B·A` repeats: the cosine between `Qᵀ B·A` and `projected`, `Qᵀ W` (r, d_in).
+
+    Q is `column_space(lora_B)`. Near 1 for the initial factors of a projection method (CorDA, PiSSA, OLoRA) against the
+    weight they were taken from (there `s·B·A = Q Qᵀ W`); near 0 against its residual, and for ordinary LoRA factors.
     """
-    B = lora_B.double()
-    Q, R = torch.linalg.qr(B)
-    mine = scaling * (R @ lora_A.double())
-    theirs = Q.T @ weight.double()
-    norms = float(torch.linalg.matrix_norm(mine)) * float(torch.linalg.matrix_norm(weight.double()))
-    if norms == 0.0:
+    mine = column_space(lora_B).T @ lora_B.double() @ lora_A.double()
+    own = float(torch.linalg.matrix_norm(projected))
+    repeated = float(torch.linalg.matrix_norm(mine))
+    if own <= 1e-3 * repeated or repeated == 0.0:
         return 0.0
-    own = float(torch.linalg.matrix_norm(theirs))
-    if own <= 1e-3 * float(torch.linalg.matrix_norm(mine)):
-        return 0.0
-    return float((mine * theirs).sum()) / (float(torch.linalg.matrix_norm(mine)) * own)
+    return float((mine * projected).sum()) / (repeated * own)

@@ -15,9 +15,10 @@ from corda_convert.adapters.factors import Adapter, Layout
 from corda_convert.adapters.lora import LoraFactors
 from corda_convert.adapters.source import CONFIG_FILE
 from corda_convert.checkpoint.folder import INITIAL_ADAPTER_FOLDER, Checkpoint
-from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorRef, read_tensor
+from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorRef, read_rows, read_tensor
 from corda_convert.errors import AdapterMismatch
 from corda_convert.linalg import lora
+from corda_convert.plan.packing import row_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,14 +163,26 @@ def _shares(adapter: Adapter, weights: dict[str, tuple[TensorRef, Layout]]) -> l
     shares = []
     for factors in sample([factors for factors in adapter.modules if isinstance(factors, LoraFactors)]):
         weight, layout = weights[factors.module_name]
-        if weight.spec.dtype in COMPUTABLE_DTYPES and weight.spec.elements <= 1 << 28:
+        if weight.spec.dtype in COMPUTABLE_DTYPES:
             A, B = read_tensor(factors.lora_A), read_tensor(factors.lora_B)
-            shares.append(lora.projection_share(_oriented(read_tensor(weight), layout), A, B, factors.scaling))
+            share = lora.projection_share(_projected(weight, layout, lora.column_space(B)), A, B)
+            shares.append(share if factors.scaling >= 0 else -share)
     return shares
 
 
-def _oriented(weight: Tensor, layout: Layout) -> Tensor:
-    return weight if layout == "out_in" else weight.T
+def _projected(weight: TensorRef, layout: Layout, Q: Tensor) -> Tensor:
+    """`Qᵀ W` (r, d_in) in float64, reading the weight by blocks of rows, whatever its size."""
+    import torch
+
+    total = torch.zeros(Q.shape[1], weight.shape[1] if layout == "out_in" else 0, dtype=torch.float64)
+    columns = []
+    for begin, end in row_blocks(weight.shape):
+        rows = read_rows(weight, begin, end).double()
+        if layout == "out_in":
+            total += Q[begin:end].T @ rows
+        else:
+            columns.append(Q.T @ rows.T)
+    return total if layout == "out_in" else torch.cat(columns, dim=1)
 
 
 def _is_converted(modules: Sequence[LoraFactors]) -> bool:
