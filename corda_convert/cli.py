@@ -127,7 +127,7 @@ def cli() -> None:
 )
 @run_options
 def decompose(model: Path, covariances: Path | None, **options: Any) -> None:
-    r"""Split MODEL into a residual and the CorDA (or PiSSA) adapter to train beside it.
+    """Split MODEL into a residual and the CorDA (or PiSSA) adapter to train beside it.
 
     Writes the residual model to OUTPUT and the initial adapter to OUTPUT/corda_init. Train it with PEFT:
 
@@ -135,8 +135,10 @@ def decompose(model: Path, covariances: Path | None, **options: Any) -> None:
       residual = AutoModelForCausalLM.from_pretrained(OUTPUT)
       model = PeftModel.from_pretrained(residual, OUTPUT, subfolder="corda_init", is_trainable=True)
 
-    Example: corda-convert decompose fixtures/model --cov fixtures/covariances/knowledge.safetensors
-    --mode kpm --rank 8 -o residual
+    \b
+    Example:
+      corda-convert decompose fixtures/model --cov fixtures/covariances/knowledge.safetensors \\
+        --mode kpm --rank 8 -o residual
     """
     output = _check_paths(options, ("model", model), ("covariance file", covariances))
     from corda_convert.operations import decompose as operation
@@ -177,7 +179,9 @@ def merge(model: Path, adapter: Path, init: Path | None, **options: Any) -> None
     Takes LoRA (rsLoRA, rank and alpha patterns), CorDA, PiSSA and OLoRA, and Bone/MiSS. A residual adapter goes into
     its residual, or into the base with --init; anything else is refused.
 
-    Example: corda-convert merge fixtures/model --adapter fixtures/adapters/lora -o merged
+    \b
+    Example:
+      corda-convert merge fixtures/model --adapter fixtures/adapters/lora -o merged
     """
     output = _check_paths(options, ("model", model), ("adapter", adapter), ("initial adapter", init))
     from corda_convert.operations import merge as operation
@@ -198,7 +202,9 @@ def to_lora(adapter: Path, init: Path, **options: Any) -> None:
 
     Writes [A; A0] and [B | -B0], of twice the rank, which PEFT and the servers load on the unmodified base.
 
-    Example: corda-convert to-lora fixtures/adapters/corda --init fixtures/residual/corda_init -o lora
+    \b
+    Example:
+      corda-convert to-lora fixtures/adapters/corda --init fixtures/residual/corda_init -o lora
     """
     output = _check_paths(options, ("adapter", adapter), ("initial adapter", init))
     from corda_convert.operations import to_lora as operation
@@ -217,7 +223,9 @@ def push(folder: Path, repo_id: str, private: bool, as_json: bool) -> None:
 
     The folder is first compared with its receipt; everything goes up in one commit, which is checked afterwards.
 
-    Example: corda-convert push merged alice/merged-model --private
+    \b
+    Example:
+      corda-convert push merged alice/merged-model --private
     """
     from corda_convert.operations import push as operation
 

@@ -170,18 +170,18 @@ def _shares(adapter: Adapter, weights: dict[str, tuple[TensorRef, Layout]]) -> l
     return shares
 
 
-def _projected(weight: TensorRef, layout: Layout, Q: Tensor) -> Tensor:
-    """`Qᵀ W` (r, d_in) in float64, reading the weight by blocks of rows, whatever its size."""
+def _projected(weight: TensorRef, layout: Layout, basis: Tensor) -> Tensor:
+    """`basisᵀ W` (r, d_in) in float64, reading the weight by blocks of rows, whatever its size."""
     import torch
 
-    total = torch.zeros(Q.shape[1], weight.shape[1] if layout == "out_in" else 0, dtype=torch.float64)
+    total = torch.zeros(basis.shape[1], weight.shape[1] if layout == "out_in" else 0, dtype=torch.float64)
     columns = []
     for begin, end in row_blocks(weight.shape):
         rows = read_rows(weight, begin, end).double()
         if layout == "out_in":
-            total += Q[begin:end].T @ rows
+            total += basis[begin:end].T @ rows
         else:
-            columns.append(Q.T @ rows.T)
+            columns.append(basis.T @ rows.T)
     return total if layout == "out_in" else torch.cat(columns, dim=1)
 
 
