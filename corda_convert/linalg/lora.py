@@ -28,7 +28,8 @@ def difference(lora_A: Tensor, lora_B: Tensor, initial_lora_A: Tensor, initial_l
 
 def column_space(lora_B: Tensor) -> Tensor:
     """Orthonormal columns Q (d_out, r) that span those of `lora_B`, in float64."""
-    return torch.linalg.qr(lora_B.double()).Q
+    Q: Tensor = torch.linalg.qr(lora_B.double()).Q
+    return Q
 
 
 def projection_share(projected: Tensor, lora_A: Tensor, lora_B: Tensor) -> float:
