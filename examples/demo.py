@@ -180,7 +180,7 @@ def report(stations: list[Station]) -> None:
     print("5. Load every station with transformers and PEFT in float32, and compare.\n")
     columns = f"{'station':<28}{'knowledge':>10}{'task':>9}{'max |Δlogit|':>14}  {'against':<28}"
     header = f"{columns}{'bytes':>11}{'seconds':>9}{'peak MB':>9}"
-    print(f"{'':<28}{'perplexity (lower is better)':>19}\n{header}\n{'-' * len(header)}")
+    print(f"{'':<28}{'perplexity, held out':>19}\n{header}\n{'-' * len(header)}")
     known: dict[str, torch.Tensor] = {}
     for station in stations:
         model = station.load()
