@@ -66,7 +66,7 @@ def test_the_help_of_every_command_has_an_example_that_parses(command: Command, 
     ran = command(name, "--help")
     assert (ran.status, ran.err) == (0, "")
     assert ran.out.startswith(f"Usage: corda-convert {name} [OPTIONS]")
-    example = " ".join(ran.out.partition("Example: ")[2].partition("\n\n")[0].split())
+    example = " ".join(ran.out.partition("Example:")[2].partition("\n\n")[0].replace("\\\n", " ").split())
     program, first, *arguments = example.split(" ")
     assert (program, first) == ("corda-convert", name)
     with cli.commands[name].make_context(name, arguments):

@@ -498,13 +498,15 @@ def test_memory_stays_below_the_plan_and_does_not_grow_with_the_checkpoint(tmp_p
         assert plan["write_bytes"] > least
         assert highest <= plan["memory_bytes"] + SLACK
         assert found["run"]["peak_memory_bytes"] <= highest
-    assert peak == pytest.approx(large.peak, rel=0.1)
+    assert peak <= 1.1 * large.peak  # twice the checkpoint
     assert receipt["plan"]["buffer_bytes"] == large.receipt["plan"]["buffer_bytes"]
 
 
 @needs_proc
 def test_max_memory_is_honoured_and_changes_no_byte(tmp_path: Path, large: Large) -> None:
-    free = large.receipt["plan"]
+    # A dry run, since a process that compiles its modules first holds more than one that finds them compiled.
+    planned, _ = measure("merge", large.model, "--adapter", large.adapter, "-o", tmp_path / "tight", "--dry-run")
+    free = planned["plan"]
     assert free["slots"] == packing.SPARE_SLOTS + free["workers"]
     limit = free["memory_bytes"] - free["buffer_bytes"] // 3
     tight, peak = measure(
@@ -514,8 +516,4 @@ def test_max_memory_is_honoured_and_changes_no_byte(tmp_path: Path, large: Large
     assert tight["plan"]["memory_bytes"] <= limit
     assert peak <= limit + SLACK
     assert weight_files(tmp_path / "tight") == weight_files(large.output)
-    for mine, theirs in zip(tight["tensors"], large.receipt["tensors"], strict=True):
-        # Norms are summed in the order in which the workers finish.
-        assert mine == {
-            key: pytest.approx(value) if isinstance(value, float) else value for key, value in theirs.items()
-        }
+    assert tight["tensors"] == large.receipt["tensors"]

@@ -92,7 +92,7 @@ def decompose(
         *checkpoint_files(checkpoint, transforms, run.output_dtype),
         _adapter_file(checkpoint, transforms),
     )
-    config = adapter_config(names, targets, options, run.push_to or _name(Path(output)))
+    config = adapter_config(names, targets, options, run.push_to or str(output))
     side_files, left = model_side_files(checkpoint, run)
     side_files = override(side_files, (json_file(f"{INITIAL_ADAPTER_FOLDER}/{CONFIG_FILE}", config),))
     production = Production(
@@ -128,11 +128,6 @@ def decompose(
         ),
     )
     return produce(production, run)
-
-
-def _name(output: Path) -> str:
-    """The residual's name in its adapter's config: the path as typed, but no absolute one, which may be published."""
-    return output.name if output.is_absolute() else output.as_posix()
 
 
 _SNIPPET = """from peft import PeftModel
