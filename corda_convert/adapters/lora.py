@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from corda_convert.adapters.factors import Adapter, Initialization, Layout, RowFold, dimensions, some
+from corda_convert.adapters.replacements import same_place, split_replacements
 from corda_convert.adapters.source import CONFIG_FILE, AdapterSource, integer, number
 from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorRef, TensorSpec
 from corda_convert.errors import (
     AdapterMismatch,
     CordaConvertError,
-    MalformedFile,
     UnsupportedInput,
     raise_problems,
 )
@@ -222,7 +222,7 @@ class LoraFormat:
                 continue
             pair = sides.setdefault(match["module"], {})
             if match["side"] in pair:
-                problems.append(_same_place(source, pair[match["side"]], ref))
+                problems.append(same_place(source, pair[match["side"]], ref))
             pair[match["side"]] = ref
             if match.re is _EMBEDDING_FACTOR:
                 embeddings.add(match["module"])
@@ -278,13 +278,6 @@ def _factors(
     return LoraFactors(module, A, B, scaling.scaling_of(module), is_embedding)
 
 
-def _same_place(source: AdapterSource, first: TensorRef, second: TensorRef) -> CordaConvertError:
-    return MalformedFile(
-        f"{source.name}: {first.name} and {second.name} stand for the same part of one module.",
-        why="Nothing of an adapter is dropped silently.",
-    )
-
-
 def _pattern_problems(scaling: LoraScaling, modules: Iterable[str]) -> list[CordaConvertError]:
     unmatched = scaling.unmatched(modules)
     if not unmatched:
@@ -296,84 +289,3 @@ def _pattern_problems(scaling: LoraScaling, modules: Iterable[str]) -> list[Cord
             next_step="Correct or remove the pattern in the config.",
         )
     ]
-
-
-def split_replacements(
-    source: AdapterSource, rest: dict[str, TensorRef]
-) -> tuple[dict[str, TensorRef], list[CordaConvertError]]:
-    """Tells parameters that replace the base's (modules_to_save, trained biases) from keys that nobody knows."""
-    replacements: dict[str, TensorRef] = {}
-    unknown: list[str] = []
-    doubled: list[CordaConvertError] = []
-    saved = source.config.get("modules_to_save") or []
-    if not isinstance(saved, list):
-        raise AdapterMismatch(f"{CONFIG_FILE}: modules_to_save is {saved!r}, a list of names was expected.")
-    bias = str(source.config.get("bias", "none"))
-    for key, ref in rest.items():
-        name = key.replace(".base_layer.", ".").replace(".modules_to_save.", ".").replace(".original_module.", ".")
-        module = name.rpartition(".")[0]
-        is_saved = any(module == saved_name or f".{module}.".find(f".{saved_name}.") >= 0 for saved_name in saved)
-        if is_saved or (name.endswith(".bias") and bias != "none"):
-            if name in replacements:
-                doubled.append(_same_place(source, replacements[name], ref))
-            replacements[name] = ref
-        else:
-            unknown.append(key)
-    if not unknown:
-        return replacements, doubled
-    return replacements, [
-        *doubled,
-        UnsupportedInput(
-            f"{source.name}: {len(unknown)} tensors are of no kind that this version folds: {some(unknown)}.",
-            why="Nothing of an adapter is dropped silently.",
-        ),
-    ]
-
-
-def with_initial(adapter: Adapter, initial: Adapter) -> Adapter:
-    """The adapter with the initial factors of each module, for `s·(BA − B₀A₀)`.
-
-    Raises `AdapterMismatch` unless both have the same modules, shapes and scaling.
-    """
-    before = {factors.module_name: factors for factors in initial.modules if isinstance(factors, LoraFactors)}
-    after = {factors.module_name: factors for factors in adapter.modules if isinstance(factors, LoraFactors)}
-    if before.keys() != after.keys():
-        odd = sorted(before.keys() ^ after.keys())
-        raise AdapterMismatch(
-            f"{adapter.source.name} and the initial adapter {initial.source.name} do not have the same modules: "
-            f"{some(odd)} stand in only one of them.",
-            why="The initial adapter is of another training run.",
-            next_step="Give the corda_init folder that the training started from as --init.",
-        )
-    problems: list[CordaConvertError] = []
-    modules = []
-    for name, factors in after.items():
-        initial_factors = before[name]
-        if (factors.lora_A.shape, factors.lora_B.shape) != (initial_factors.lora_A.shape, initial_factors.lora_B.shape):
-            problems.append(
-                AdapterMismatch(
-                    f"{name}: the adapter has lora_A {factors.lora_A.shape}, lora_B {factors.lora_B.shape}, the "
-                    f"initial adapter {initial_factors.lora_A.shape}, {initial_factors.lora_B.shape}."
-                )
-            )
-        elif not math.isclose(factors.scaling, initial_factors.scaling, rel_tol=1e-9):
-            problems.append(
-                AdapterMismatch(
-                    f"{name}: the adapter scales by {factors.scaling:g}, the initial adapter by "
-                    f"{initial_factors.scaling:g}; they must agree.",
-                    next_step="Compare r, lora_alpha, use_rslora and the patterns of both configs.",
-                )
-            )
-        modules.append(
-            LoraFactors(
-                name,
-                factors.lora_A,
-                factors.lora_B,
-                factors.scaling,
-                factors.is_embedding,
-                initial_factors.lora_A,
-                initial_factors.lora_B,
-            )
-        )
-    raise_problems(problems)
-    return Adapter(adapter.source, "lora", "plain", tuple(modules), adapter.replacements)

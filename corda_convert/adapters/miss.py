@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from corda_convert.adapters.factors import Adapter, Layout, RowFold, dimensions
-from corda_convert.adapters.lora import split_replacements
+from corda_convert.adapters.replacements import split_replacements
 from corda_convert.adapters.source import CONFIG_FILE, AdapterSource, integer
 from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorRef, TensorSpec
 from corda_convert.errors import AdapterMismatch, CordaConvertError, MalformedFile, UnsupportedInput, raise_problems

@@ -9,7 +9,8 @@ from typing import Any
 
 from corda_convert.adapters import read_adapter
 from corda_convert.adapters.factors import Adapter, Layout, ModuleFactors, some
-from corda_convert.adapters.lora import LoraFactors, with_initial
+from corda_convert.adapters.initial import with_initial
+from corda_convert.adapters.lora import LoraFactors
 from corda_convert.checkpoint.folder import Checkpoint, read_checkpoint
 from corda_convert.checkpoint.names import NameMap, Placement
 from corda_convert.checkpoint.structure import read_structure
@@ -31,7 +32,7 @@ class MergeOptions:
     Attributes:
         init: the initial adapter (`corda_init`), to merge a residual adapter into the base.
         rounding: `nearest`, or `peft` for PEFT's bits.
-        as_is: trust the user that the adapter's delta belongs on this very model.
+        as_is: trust the user that the adapter's delta, with `init` or without, belongs on this very model.
     """
 
     init: Path | str | None = None
@@ -58,7 +59,7 @@ def merge(
     names = NameMap(checkpoint, read_structure(checkpoint.root, checkpoint.config, checkpoint.tensors))
     placed = place_modules(folded, names)
     weights = {factors.module_name: (weight, layout) for factors, weight, layout in placed}
-    if initial is not None:
+    if initial is not None and not options.as_is:
         evidence.check_same_training(trained, initial)
         evidence.check_base_of_initial(initial, weights, checkpoint)
     elif not options.as_is:

@@ -11,7 +11,8 @@ from typing import Any
 
 from corda_convert.adapters import read_adapter
 from corda_convert.adapters.factors import Adapter
-from corda_convert.adapters.lora import LoraFactors, LoraScaling, read_scaling, with_initial
+from corda_convert.adapters.initial import with_initial
+from corda_convert.adapters.lora import LoraFactors, LoraScaling, read_scaling
 from corda_convert.adapters.source import CONFIG_FILE, PEFT_PREFIX, WEIGHTS_FILE
 from corda_convert.checkpoint.tensors import TensorRef, TensorSpec
 from corda_convert.errors import AdapterMismatch, UnsupportedInput
@@ -97,7 +98,7 @@ def _tensors(pairs: Adapter, dtype: str | None, *, is_baked: bool) -> tuple[Prod
         ends = ("lora_embedding_A", "lora_embedding_B") if factors.is_embedding else ("lora_A.weight", "lora_B.weight")
         r, d_in = factors.lora_A.shape
         d_out = factors.lora_B.shape[0]
-        stored = output_dtype(factors.lora_A.spec.dtype, dtype)
+        stored = output_dtype(_exact_dtype(factors, is_baked=is_baked), dtype)
         joins = (
             ((2 * r, d_in), 0, (Part(factors.lora_A, 1.0), Part(factors.initial_lora_A, 1.0))),
             ((d_out, 2 * r), 1, (Part(factors.lora_B, scale), Part(factors.initial_lora_B, -scale))),
@@ -110,6 +111,17 @@ def _tensors(pairs: Adapter, dtype: str | None, *, is_baked: bool) -> tuple[Prod
         spec = TensorSpec(name, target, ref.shape)
         tensors.append(Produced(spec, CastTransform(ref, target, action="carried")))
     return tuple(tensors)
+
+
+def _exact_dtype(factors: LoraFactors, *, is_baked: bool) -> str:
+    """The dtype that holds all four factors as they are: rounding A₀ or B₀ would leave a part of `s·B₀A₀` in the result.
+
+    A baked-in scaling is not exact in 16 bits.
+    """
+    dtypes = {ref.spec.dtype for ref in factors.operands().values()} | ({"F32"} if is_baked else set())
+    if "F64" in dtypes:
+        return "F64"
+    return dtypes.pop() if len(dtypes) == 1 else "F32"
 
 
 def _replacement_keys(adapter: Adapter) -> dict[str, TensorRef]:

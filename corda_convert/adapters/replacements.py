@@ -1,0 +1,48 @@
+"""Tensors of an adapter that replace the base's own: modules_to_save and trained biases, in every format."""
+
+from __future__ import annotations
+
+from corda_convert.adapters.factors import some
+from corda_convert.adapters.source import CONFIG_FILE, AdapterSource
+from corda_convert.checkpoint.tensors import TensorRef
+from corda_convert.errors import AdapterMismatch, CordaConvertError, MalformedFile, UnsupportedInput
+
+
+def split_replacements(
+    source: AdapterSource, rest: dict[str, TensorRef]
+) -> tuple[dict[str, TensorRef], list[CordaConvertError]]:
+    """Tells parameters that replace the base's (modules_to_save, trained biases) from keys that nobody knows."""
+    replacements: dict[str, TensorRef] = {}
+    unknown: list[str] = []
+    doubled: list[CordaConvertError] = []
+    saved = source.config.get("modules_to_save") or []
+    if not isinstance(saved, list):
+        raise AdapterMismatch(f"{CONFIG_FILE}: modules_to_save is {saved!r}, a list of names was expected.")
+    bias = str(source.config.get("bias", "none"))
+    for key, ref in rest.items():
+        name = key.replace(".base_layer.", ".").replace(".modules_to_save.", ".").replace(".original_module.", ".")
+        module = name.rpartition(".")[0]
+        is_saved = any(module == saved_name or f".{module}.".find(f".{saved_name}.") >= 0 for saved_name in saved)
+        if is_saved or (name.endswith(".bias") and bias != "none"):
+            if name in replacements:
+                doubled.append(same_place(source, replacements[name], ref))
+            replacements[name] = ref
+        else:
+            unknown.append(key)
+    if not unknown:
+        return replacements, doubled
+    return replacements, [
+        *doubled,
+        UnsupportedInput(
+            f"{source.name}: {len(unknown)} tensors are of no kind that this version folds: {some(unknown)}.",
+            why="Nothing of an adapter is dropped silently.",
+        ),
+    ]
+
+
+def same_place(source: AdapterSource, first: TensorRef, second: TensorRef) -> CordaConvertError:
+    """The problem of two tensors of which one would be dropped."""
+    return MalformedFile(
+        f"{source.name}: {first.name} and {second.name} stand for the same part of one module.",
+        why="Nothing of an adapter is dropped silently.",
+    )
