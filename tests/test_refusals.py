@@ -881,7 +881,8 @@ def test_init_together_with_a_residual_that_has_lost_its_initial_adapter_is_refu
     assert message.endswith(
         "of the weight in their own column space; on the base it is 100 %.\n"
         "MODEL is the residual already, or another model.\n"
-        "Give the base model, or leave out --init if MODEL is the residual."
+        "Give the base model, or leave out --init if MODEL is the residual. If the initial factors are no projection of "
+        "the weights (LoRA-GA), say --as-is."
     )
 
 
@@ -897,7 +898,7 @@ def test_the_initial_adapter_of_another_training_is_refused(
     for arguments in (("merge", MODEL, "--adapter", ADAPTERS / "corda"), ("to-lora", ADAPTERS / "corda")):
         message = refusal(*arguments, "--init", init)
         assert message.startswith(
-            "corda was not trained from the initial adapter other_init: lora_A of the one has nothing of lora_A of the other"
+            "corda was not trained from the initial adapter other_init: the rows of lora_A point elsewhere (median cosine "
         )
         assert message.endswith(
             "The initial adapter is of another training run.\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class SideFile:
         if self.content is not None:
             target.write_bytes(self.content)
         elif self.source is not None:
-            target.write_bytes(self.source.read_bytes())
+            shutil.copyfile(self.source, target)
 
 
 @dataclass(frozen=True, slots=True)
