@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import itertools
 import queue
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,6 +74,7 @@ def run(plan: Plan, folder: Path, device: torch.device, progress: Progress | Non
 
     Raises whatever a source or a transform refuses with, after all threads have stopped and all files are closed.
     """
+    _allow_open_files(plan)
     return _Run(plan, folder, device, progress or (lambda _name, _nbytes: None)).run()
 
 
@@ -326,6 +328,24 @@ def _join(thread: threading.Thread) -> None:
             return None
         time.sleep(0.001)
     return None
+
+
+def _allow_open_files(plan: Plan) -> None:
+    """All shards are open at once, and a process may often open 256 or 1024 files: raises that as far as allowed."""
+    sources = {id(job.source) for job in plan.jobs if isinstance(job, CopyJob)}
+    sources |= {
+        id(read.file)
+        for job in plan.jobs
+        if isinstance(job, ComputeJob)
+        for chunk in job.chunks
+        for read in chunk.all_reads
+    }
+    needed = len(plan.files) + len(sources) + 128
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        with contextlib.suppress(OSError, ValueError):
+            allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 @contextlib.contextmanager

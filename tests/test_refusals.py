@@ -456,6 +456,7 @@ def test_an_index_that_names_a_path_is_refused(
 def test_an_index_with_an_impossible_shard_name_is_refused(
     refusal: Refusal, model: Path, lora: Path, shard_name: object
 ) -> None:
+    (model / "model.safetensors").rename(model / "shard.safetensors")
     write_json(model / "model.safetensors.index.json", {"weight_map": dict.fromkeys(llama_tensors(), shard_name)})
     message = refusal("merge", model, "--adapter", lora)
     assert "model.safetensors.index.json names the shard " in message
@@ -505,8 +506,9 @@ def test_a_tensor_that_stands_in_two_shards_is_refused(refusal: Refusal, lora: P
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b'{"weight_map": []}', b'{"weight_map": {}}', b"{}"])
 def test_an_index_that_is_none_is_refused(refusal: Refusal, model: Path, lora: Path, content: bytes) -> None:
+    (model / "model.safetensors").rename(model / "shard.safetensors")
     (model / "model.safetensors.index.json").write_bytes(content)
-    refusal("merge", model, "--adapter", lora)
+    assert "model.safetensors.index.json" in refusal("merge", model, "--adapter", lora)
 
 
 # Headers

@@ -1,5 +1,6 @@
 """Silent errors that a review found: each of these once gave a wrong model, or none, without a word."""
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,19 +9,25 @@ import pytest
 import torch
 from building import (
     ADAPTERS,
+    HIDDEN,
     LINEARS,
     LLAMA_CONFIG,
     MODEL,
     RESIDUAL,
     VOCABULARY,
+    covariance_tensors,
     llama_tensors,
+    lora_config,
     random,
     read_json,
     write_adapter,
     write_checkpoint,
+    write_covariances,
     write_lora,
 )
-from safetensors.torch import load_file
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 Refusal = Callable[..., str]
 Command = Callable[..., Any]
@@ -128,3 +135,86 @@ def test_initial_factors_that_are_no_projection_merge_with_as_is(
     for module in shapes:
         expected = tensors[f"{module}.weight"] + 2 * (product(after, module) - product(before, module))
         assert torch.allclose(merged[f"{module}.weight"].double(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("place", ["file", "unknown architecture"])
+@pytest.mark.parametrize("change", ["lora", "replacement"])
+def test_an_embedding_that_may_be_tied_is_left_alone(
+    refusal: Refusal, done: Command, tmp_path: Path, place: str, change: str
+) -> None:
+    config = LLAMA_CONFIG | {"model_type": "mystery", "architectures": ["Mystery"], "tie_word_embeddings": True}
+    tensors = llama_tensors()
+    head = tensors.pop("lm_head.weight")
+    key = "base_model.model.model.embed_tokens"
+    factors = {f"{key}.lora_embedding_A": random(4, VOCABULARY), f"{key}.lora_embedding_B": random(HIDDEN, 4)}
+    saved = {f"{key}.weight": random(VOCABULARY, HIDDEN)}
+    adapter = write_adapter(
+        tmp_path / "adapter",
+        factors if change == "lora" else saved,
+        lora_config(modules_to_save=None if change == "lora" else ["embed_tokens"]),
+    )
+    tied = write_checkpoint(tmp_path / "tied", tensors, config=config)
+    message = refusal("merge", tied / "model.safetensors" if place == "file" else tied, "--adapter", adapter)
+    assert "it is not known whether the head shares this embedding" in message
+    untied = write_checkpoint(tmp_path / "untied", tensors | {"lm_head.weight": head}, config=config)
+    done("merge", untied, "--adapter", adapter, "-o", tmp_path / "out")
+    said = write_checkpoint(tmp_path / "said", tensors, config=config | {"tie_word_embeddings": False})
+    done("merge", said, "--adapter", adapter, "-o", tmp_path / "out_said")
+
+
+def test_of_a_single_file_and_an_index_the_one_that_transformers_loads_is_read(done: Command, tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "model", shards=2)
+    current = llama_tensors(seed=50)
+    save_file(current, model / "model.safetensors", {"format": "pt"})
+    done("merge", model, "--adapter", write_lora(tmp_path / "lora"), "-o", tmp_path / "out")
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(merged["model.embed_tokens.weight"], loaded["model.embed_tokens.weight"])
+    assert torch.equal(loaded["model.embed_tokens.weight"], current["model.embed_tokens.weight"])
+    left = read_json(tmp_path / "out" / "corda_convert.json")["not_carried_over"]
+    assert left == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+def test_more_shards_than_a_process_may_open_files(done: Command, tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "model", shards=len(llama_tensors()))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir()) + 1
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 20, hard))
+        done("merge", model, "--adapter", write_lora(tmp_path / "lora"), "-o", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_weight_without_rows_is_folded(done: Command, tmp_path: Path) -> None:
+    module = "model.layers.0.self_attn.q_proj"
+    model = write_checkpoint(tmp_path / "model", llama_tensors() | {f"{module}.weight": torch.empty(0, HIDDEN)})
+    done("merge", model, "--adapter", write_lora(tmp_path / "lora", {module: (0, HIDDEN)}), "-o", tmp_path / "out")
+
+
+def test_covariances_past_the_range_of_float64_are_refused(refusal: Refusal, tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "model")
+    huge = {name: tensor.double() * 1e160 for name, tensor in covariance_tensors().items()}
+    covariances = write_covariances(tmp_path / "covs.safetensors", huge)
+    arguments = ("--mode", "ipm", "--rank", 4, "--damp", 0.01)
+    message = refusal("decompose", model, "--cov", covariances, *arguments)
+    assert message.startswith("The singular vectors of model.layers.0.")
+
+
+@pytest.mark.filterwarnings("ignore:`corda_config` specified but will be ignored")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_peft_loads_the_initial_adapter_of_a_classifier(done: Command, tmp_path: Path) -> None:
+    tensors = llama_tensors()
+    del tensors["lm_head.weight"]
+    tensors["score.weight"] = random(2, HIDDEN)
+    config = LLAMA_CONFIG | {"architectures": ["LlamaForSequenceClassification"], "pad_token_id": 0}
+    model = write_checkpoint(tmp_path / "model", tensors, config=config)
+    arguments = ("--method", "svd", "--mode", "ipm", "--rank", 4, "--target", "q_proj", "-o", tmp_path / "out")
+    done("decompose", model, *arguments)
+    ids = torch.arange(1, 9)[None]
+    base = AutoModelForSequenceClassification.from_pretrained(model).eval()
+    residual = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    together = PeftModel.from_pretrained(residual, str(tmp_path / "out"), subfolder="corda_init").eval()
+    with torch.no_grad():
+        assert torch.allclose(together(ids).logits, base(ids).logits, atol=1e-5)

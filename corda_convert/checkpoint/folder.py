@@ -60,13 +60,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise missing_path(path, "model")
     config = read_json(path / "config.json") if (path / "config.json").is_file() else None
+    if (path / SINGLE_FILE).is_file():  # where both are, transformers loads this one
+        return _collect(path, path.resolve().name, (SafetensorsFile(path / SINGLE_FILE),), None, config)
     if (path / INDEX_FILE).is_file():
         index = read_json(path / INDEX_FILE)
         shards = _read_shards(path, index)
         metadata = index.get("metadata")
         return _collect(path, path.resolve().name, shards, metadata if isinstance(metadata, dict) else {}, config)
-    if (path / SINGLE_FILE).is_file():
-        return _collect(path, path.resolve().name, (SafetensorsFile(path / SINGLE_FILE),), None, config)
     raise _no_weights(path)
 
 

@@ -58,6 +58,21 @@ class NameMap:
         name = self._run_time_names.get(tensor_name, tensor_name)
         return name in self.structure.ties or name in self.structure.ties.values()
 
+    def may_be_tied(self, tensor_name: str) -> bool:
+        """Whether, without the model's class to tell, this may be an embedding that the head shares.
+
+        So it is for the only matrix of its shape that has the most rows, unless the config says that nothing is tied.
+        """
+        if self.structure is not None:
+            return False
+        config = self.checkpoint.config or {}
+        levels = (config, config.get("text_config"))
+        if any(isinstance(level, dict) and level.get("tie_word_embeddings") is False for level in levels):
+            return False
+        shape = self.checkpoint.spec(tensor_name).shape
+        matrices = [ref.shape for ref in self.checkpoint.tensors.values() if len(ref.shape) == 2]
+        return shape in matrices and matrices.count(shape) == 1 and shape[0] == max(rows for rows, _ in matrices)
+
     def kind(self, tensor_name: str) -> LayerKind | None:
         if self.structure is None:
             return None

@@ -321,13 +321,11 @@ def _target_modules(names: NameMap, targets: list[Target]) -> list[str]:
 
 
 def _task_type(checkpoint: Checkpoint) -> str | None:
+    """None for classifiers: with their task types PEFT trains the head and demands it in every adapter it loads."""
     architecture = str(((checkpoint.config or {}).get("architectures") or [""])[0])
     kinds = {
         "ForCausalLM": "CAUSAL_LM",
         "LMHeadModel": "CAUSAL_LM",
-        "ForSequenceClassification": "SEQ_CLS",
-        "ForTokenClassification": "TOKEN_CLS",
-        "ForQuestionAnswering": "QUESTION_ANS",
     }
     return next((kind for end, kind in kinds.items() if architecture.endswith(end)), None)
 

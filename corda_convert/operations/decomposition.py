@@ -95,9 +95,17 @@ class _DecomposeSession:
         """There are none: all the work is one step."""
 
     def step(self, first_row: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        import torch
+
         begun = time.perf_counter()
         with threads_for(min(self.transform.weight.shape)):
-            self._decompose(inputs, outputs)
+            try:
+                self._decompose(inputs, outputs)
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                raise NotFinite(
+                    f"The singular vectors of {self.transform.module_name} cannot be computed in float64.",
+                    why="The values of its weight or its covariance are far too large.",
+                ) from None
         self.result["seconds"] = time.perf_counter() - begun
 
     def _decompose(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:

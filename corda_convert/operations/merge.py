@@ -162,11 +162,22 @@ def _weight_problem(
             "untie.",
             why="Folding into the shared tensor would change both.",
         )
+    if getattr(factors, "is_embedding", False) and names.may_be_tied(weight.name):
+        return _maybe_tied(factors.module_name)
     if names.structure is not None and weight.name in names.structure.converted:
         return UnsupportedInput(f"{factors.module_name}: the model fuses {weight.name} with others on loading.")
     if placement.kind == "other":
         return UnsupportedInput(f"{factors.module_name} is no Linear, Conv1D or Embedding layer.")
     return None
+
+
+def _maybe_tied(name: str) -> UnsupportedInput:
+    return UnsupportedInput(
+        f"{name}: without the model's class it is not known whether the head shares this embedding.",
+        why="Changing a shared tensor would change both.",
+        next_step="Give the model's folder, with a config.json that transformers knows or that says "
+        '"tie_word_embeddings": false.',
+    )
 
 
 def _layout(factors: ModuleFactors, weight: TensorRef, placement: Placement) -> tuple[Layout, list[CordaConvertError]]:
@@ -240,6 +251,8 @@ def _replacements(
             problems.append(
                 UnsupportedInput(f"{adapter.source.name} replaces {name}, which is tied; this version does not untie.")
             )
+        elif names.may_be_tied(tensor_name):
+            problems.append(_maybe_tied(name))
         else:
             found[tensor_name] = CastTransform(ref, output_dtype(spec.dtype, dtype), action="replaced")
     raise_problems(problems)

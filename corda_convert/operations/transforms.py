@@ -158,7 +158,9 @@ class _FoldSession:
 
     def facts(self) -> Facts:
         # fsum is exact, so that the order in which the workers came does not show
-        weight, delta, rounding = (sqrt(fsum(parts)) for parts in zip(*self.squares, strict=True))
+        weight, delta, rounding = (
+            sqrt(fsum(parts)) for parts in zip(*(self.squares or [(0.0, 0.0, 0.0)]), strict=True)
+        )
         return {
             **self.transform.factors.describe(),
             "module": self.transform.factors.module_name,
