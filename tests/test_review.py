@@ -218,3 +218,14 @@ def test_peft_loads_the_initial_adapter_of_a_classifier(done: Command, tmp_path:
     together = PeftModel.from_pretrained(residual, str(tmp_path / "out"), subfolder="corda_init").eval()
     with torch.no_grad():
         assert torch.allclose(together(ids).logits, base(ids).logits, atol=1e-5)
+
+
+def test_modules_to_save_match_the_end_of_a_name_as_in_peft(done: Command, tmp_path: Path) -> None:
+    """PEFT's `endswith` takes `norm` for every layer norm, too."""
+    norms = [name for name in llama_tensors() if name.endswith("norm.weight")]
+    assert "model.layers.0.input_layernorm.weight" in norms
+    saved = {f"base_model.model.{name}": random(HIDDEN, seed=place) for place, name in enumerate(norms)}
+    adapter = write_adapter(tmp_path / "adapter", saved, lora_config(modules_to_save=["norm"]))
+    done("merge", write_checkpoint(tmp_path / "model"), "--adapter", adapter, "-o", tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(merged[name], saved[f"base_model.model.{name}"]) for name in norms)

@@ -22,7 +22,7 @@ def split_replacements(
     for key, ref in rest.items():
         name = key.replace(".base_layer.", ".").replace(".modules_to_save.", ".").replace(".original_module.", ".")
         module = name.rpartition(".")[0]
-        is_saved = any(module == saved_name or f".{module}.".find(f".{saved_name}.") >= 0 for saved_name in saved)
+        is_saved = any(f"{module}.".find(f"{saved_name}.") >= 0 for saved_name in saved)  # as PEFT: any path's end
         if is_saved or (name.endswith(".bias") and bias != "none"):
             if name in replacements:
                 doubled.append(same_place(source, replacements[name], ref))
