@@ -229,3 +229,15 @@ def test_modules_to_save_match_the_end_of_a_name_as_in_peft(done: Command, tmp_p
     done("merge", write_checkpoint(tmp_path / "model"), "--adapter", adapter, "-o", tmp_path / "out")
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(merged[name], saved[f"base_model.model.{name}"]) for name in norms)
+
+
+def test_the_weights_of_a_residual_given_as_a_file_are_a_residual(
+    refusal: Refusal, done: Command, tmp_path: Path
+) -> None:
+    model = write_checkpoint(tmp_path / "model")
+    arguments = ("--method", "svd", "--mode", "ipm", "--rank", 4, "--target", "up_proj", "-o", tmp_path / "residual")
+    done("decompose", model, *arguments)
+    modules = {name: shape for name, shape in LINEARS.items() if name.endswith("up_proj")}
+    adapter = write_lora(tmp_path / "lora", modules)
+    message = refusal("merge", tmp_path / "residual" / "model.safetensors", "--adapter", adapter)
+    assert message.startswith("lora was not trained from the initial adapter corda_init: ")

@@ -37,8 +37,9 @@ KEPT_DIRECTION = 0.4
 def initial_adapter_of(folder: Path) -> Path | None:
     """The initial adapter that lies in a residual's folder: `corda_init` as we write it, `*_init` as PEFT's examples do.
 
-    None for a folder that holds no residual. A base model has no such thing in it.
+    None for a folder that holds no residual. A base model has no such thing in it. Of a single file, its folder is meant.
     """
+    folder = folder.parent if folder.is_file() else folder
     own = folder / INITIAL_ADAPTER_FOLDER
     others = sorted(folder.glob("*_init")) if folder.is_dir() else []
     return next((path for path in (own, *others) if (path / CONFIG_FILE).is_file()), None)
