@@ -302,6 +302,9 @@ def _print_publication(publication: Publication) -> None:
     )
 
 
+_LESS_MEMORY = "Use --device cpu, or a smaller --rank; --dry-run tells what a run needs."
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits with its status."""
     try:
@@ -318,6 +321,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         click.echo("Interrupted; nothing was written.", err=True)
         sys.exit(130)
+    except OSError as error:
+        click.echo(f"Error: {error.strerror or error}: {error.filename or 'no file named'}", err=True)
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        click.echo(f"Error: Out of memory. {str(error).partition('.')[0]}\n{_LESS_MEMORY}", err=True)
+        sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)
 
 

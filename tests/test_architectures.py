@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -26,7 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`corda_config` specified but will be ignored"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`"),
-    pytest.mark.filterwarnings("ignore:.*Setting `save_embedding_layers` to `True`"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
 ]
 
 
@@ -59,13 +60,13 @@ def tiny(family: str) -> PreTrainedModel:
     )
 
 
-def trained_adapter(model: PreTrainedModel, config: LoraConfig, folder: Path) -> Path:
+def trained_adapter(model: PreTrainedModel, config: LoraConfig, folder: Path, save_embeddings: object = False) -> Path:
     torch.manual_seed(1)
     adapted = get_peft_model(model, config)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(std=0.2)
-    adapted.save_pretrained(folder, save_embedding_layers=False)
+    adapted.save_pretrained(folder, save_embedding_layers=save_embeddings)
     return folder
 
 
@@ -125,6 +126,65 @@ def test_lora_on_an_embedding_rounds_once_or_as_peft_does(tmp_path: Path) -> Non
     once, twice = (load_file(tmp_path / rounding / "model.safetensors")[name] for rounding in ("nearest", "peft"))
     assert float((once.double() - exact).norm()) < float((twice.double() - exact).norm())
     assert float((once == exact.to(torch.bfloat16)).double().mean()) > 0.999
+
+
+@pytest.mark.parametrize("save_embeddings", ["auto", True, False])
+def test_embeddings_that_peft_saves_along_take_the_place_of_the_models(save_embeddings: object, tmp_path: Path) -> None:
+    """PEFT's default saves the whole weight of an adapted embedding or head beside its factors."""
+    base = tmp_path / "llama"
+    tiny("llama").to(torch.bfloat16).save_pretrained(base)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["embed_tokens", "lm_head", "q_proj"])
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if save_embeddings:
+        model.lm_head.weight.data += 0.5  # trained elsewhere, then saved along
+    adapter = trained_adapter(model, config, tmp_path / "adapter", save_embeddings)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    assert ("base_model.model.lm_head.base_layer.weight" in saved) == bool(save_embeddings)
+    merge(base, adapter=adapter, output=tmp_path / "out", options=MergeOptions(rounding="peft"))
+    assert differing(tmp_path / "out", peft_merged(base, adapter, torch.bfloat16)) == []
+
+
+def test_a_whole_head_that_peft_saved_replaces_the_models(tmp_path: Path) -> None:
+    base = tmp_path / "llama"
+    tiny("llama").to(torch.bfloat16).save_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.lm_head.weight.data += 0.5
+    config = LoraConfig(r=4, target_modules=["q_proj"])
+    adapter = trained_adapter(model, config, tmp_path / "adapter", True)
+    outcome = merge(base, adapter=adapter, output=tmp_path / "out")
+    assert outcome.receipt["summary"]["tensors"]["replaced"] == 2
+    assert differing(tmp_path / "out", peft_merged(base, adapter, torch.bfloat16)) == []
+
+
+def test_the_head_of_a_classifier_is_no_target(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=64,
+    )
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "base")
+    options = DecomposeOptions(mode="ipm", rank=2, method="svd")
+    outcome = decompose(tmp_path / "base", output=tmp_path / "out", options=options)
+    modules = {entry["module"] for entry in outcome.receipt["tensors"] if "module" in entry}
+    assert len(modules) == 7
+    assert "score" not in modules
+
+
+def test_a_snapshot_of_the_hubs_cache_is_called_by_its_repository(tmp_path: Path) -> None:
+    folder = tmp_path / "models--alice--tiny-llama" / "snapshots" / "0123abcd"
+    tiny("llama").save_pretrained(folder)
+    adapter = trained_adapter(tiny("llama"), LoraConfig(r=2, target_modules=["q_proj"]), tmp_path / "adapter")
+    text = (adapter / "adapter_config.json").read_text()
+    named = text.replace('"base_model_name_or_path": null', '"base_model_name_or_path": "alice/tiny-llama"')
+    (adapter / "adapter_config.json").write_text(named)
+    outcome = merge(folder, adapter=adapter, output=tmp_path / "out")
+    assert outcome.receipt["options"]["model"] == "alice/tiny-llama"
+    assert outcome.warnings == ()
+    assert "base_model: alice/tiny-llama" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_an_adapter_on_a_tied_embedding_is_refused_by_name(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Silent errors that a review found: each of these once gave a wrong model, or none, without a word."""
 
+import json
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -241,3 +242,44 @@ def test_the_weights_of_a_residual_given_as_a_file_are_a_residual(
     adapter = write_lora(tmp_path / "lora", modules)
     message = refusal("merge", tmp_path / "residual" / "model.safetensors", "--adapter", adapter)
     assert message.startswith("lora was not trained from the initial adapter corda_init: ")
+
+
+def test_parents_that_a_failed_run_made_are_removed_again(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "new" / "own").mkdir(parents=True)
+    adapter = write_lora(tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: tensor * float("nan") for name, tensor in tensors.items()}, adapter / "adapter_model.safetensors")
+    output = tmp_path / "new" / "own" / "deep" / "er" / "out"
+    ran = command("merge", write_checkpoint(tmp_path / "model"), "--adapter", adapter, "-o", output)
+    assert (ran.status, "holds NaN or Inf" in ran.err) == (1, True)
+    assert list((tmp_path / "new" / "own").iterdir()) == []
+
+
+def test_rounding_a_converted_adapter_to_16_bits_is_said_to_cost_more_than_it_seems(
+    command: Command, tmp_path: Path
+) -> None:
+    arguments = ("to-lora", ADAPTERS / "corda", "--init", RESIDUAL / "corda_init", "--base", "fixtures/model")
+    rounded = command(*arguments, "--dtype", "bfloat16", "-o", tmp_path / "bf16")
+    assert rounded.status == 0
+    assert "The factors are rounded to bfloat16" in rounded.err
+    assert "rounded" not in command(*arguments, "-o", tmp_path / "own").err
+
+
+def test_a_full_device_is_said_in_words(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("corda_convert.operations.transforms.FoldTransform.begin", full)
+    ran = command("merge", MODEL, "--adapter", ADAPTERS / "lora", "-o", tmp_path / "out")
+    assert ran.status == 1
+    assert ran.err.startswith("Error: Out of memory. CUDA out of memory")
+    assert "--device cpu" in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantized_model_is_not_cast(refusal: Refusal, tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "model")
+    config = read_json(model / "config.json") | {"quantization_config": {"quant_method": "fp8"}}
+    (model / "config.json").write_text(json.dumps(config))
+    message = refusal("merge", model, "--adapter", write_lora(tmp_path / "lora"), "--dtype", "float32")
+    assert "is quantized (quantization_config in its config.json)" in message

@@ -63,13 +63,20 @@ class ModuleFactors(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A parsed adapter: factors by module, and parameters that replace the base's (run-time names)."""
+    """A parsed adapter.
+
+    Attributes:
+        modules: factors by module.
+        replacements: parameters that replace the base's, by run-time name.
+        bases: weights that the adapter brings along for adapted modules: each replaces the base's before the folding.
+    """
 
     source: AdapterSource
     kind: str
     initialization: Initialization
     modules: tuple[ModuleFactors, ...]
     replacements: Mapping[str, TensorRef] = field(default_factory=dict)
+    bases: Mapping[str, TensorRef] = field(default_factory=dict)
 
 
 class AdapterFormat(Protocol):

@@ -55,4 +55,4 @@ def with_initial(adapter: Adapter, initial: Adapter) -> Adapter:
             )
         )
     raise_problems(problems)
-    return Adapter(adapter.source, "lora", "plain", tuple(modules), adapter.replacements)
+    return Adapter(adapter.source, "lora", "plain", tuple(modules), adapter.replacements, adapter.bases)

@@ -234,10 +234,11 @@ class LoraFormat:
             else:
                 problems.append(factors)
         problems += _pattern_problems(scaling, sides)
+        bases = {module: rest.pop(key) for module in sides if (key := f"{module}.base_layer.weight") in rest}
         replacements, leftovers = split_replacements(source, rest)
         problems += leftovers
         raise_problems(problems)
-        return Adapter(source, "lora", initialization(source.config), tuple(modules), replacements)
+        return Adapter(source, "lora", initialization(source.config), tuple(modules), replacements, bases)
 
 
 def _unsupported(source: AdapterSource) -> Iterable[CordaConvertError]:

@@ -7,11 +7,14 @@ from corda_convert.adapters.source import CONFIG_FILE, AdapterSource
 from corda_convert.checkpoint.tensors import TensorRef
 from corda_convert.errors import AdapterMismatch, CordaConvertError, MalformedFile, UnsupportedInput
 
+SAVED_EMBEDDINGS = ("embed_tokens", "lm_head")
+"""Modules that PEFT's `save_embedding_layers` saves whole, adapted or not (its EMBEDDING_LAYER_NAMES)."""
+
 
 def split_replacements(
     source: AdapterSource, rest: dict[str, TensorRef]
 ) -> tuple[dict[str, TensorRef], list[CordaConvertError]]:
-    """Tells parameters that replace the base's (modules_to_save, trained biases) from keys that nobody knows."""
+    """Tells parameters that replace the base's (modules_to_save, saved embeddings, biases) from keys that nobody knows."""
     replacements: dict[str, TensorRef] = {}
     unknown: list[str] = []
     doubled: list[CordaConvertError] = []
@@ -23,6 +26,7 @@ def split_replacements(
         name = key.replace(".base_layer.", ".").replace(".modules_to_save.", ".").replace(".original_module.", ".")
         module = name.rpartition(".")[0]
         is_saved = any(f"{module}.".find(f"{saved_name}.") >= 0 for saved_name in saved)  # as PEFT: any path's end
+        is_saved = is_saved or (name.endswith(".weight") and module.rpartition(".")[2] in SAVED_EMBEDDINGS)
         if is_saved or (name.endswith(".bias") and bias != "none"):
             if name in replacements:
                 doubled.append(same_place(source, replacements[name], ref))

@@ -61,13 +61,22 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise missing_path(path, "model")
     config = read_json(path / "config.json") if (path / "config.json").is_file() else None
     if (path / SINGLE_FILE).is_file():  # where both are, transformers loads this one
-        return _collect(path, path.resolve().name, (SafetensorsFile(path / SINGLE_FILE),), None, config)
+        return _collect(path, model_name(path), (SafetensorsFile(path / SINGLE_FILE),), None, config)
     if (path / INDEX_FILE).is_file():
         index = read_json(path / INDEX_FILE)
         shards = _read_shards(path, index)
         metadata = index.get("metadata")
-        return _collect(path, path.resolve().name, shards, metadata if isinstance(metadata, dict) else {}, config)
+        return _collect(path, model_name(path), shards, metadata if isinstance(metadata, dict) else {}, config)
     raise _no_weights(path)
+
+
+def model_name(folder: Path) -> str:
+    """The folder's name; for a snapshot in the Hub's cache (`models--owner--name/snapshots/…`) `owner/name`."""
+    resolved = folder.resolve()
+    cache = resolved.parent.parent.name
+    if resolved.parent.name == "snapshots" and cache.startswith("models--"):
+        return cache.removeprefix("models--").replace("--", "/", 1)
+    return resolved.name
 
 
 def missing_path(path: Path, what: str) -> InputNotFound:

@@ -18,6 +18,10 @@ LayerKind = Literal["linear", "conv1d", "embedding", "other"]
 """`linear` stores its weight as (d_out, d_in), `conv1d` (transformers' `Conv1D`) as (d_in, d_out)."""
 
 
+CLASSIFIER_HEADS = ("score", "classifier", "qa_outputs")
+"""Heads of transformers' classification models, which PEFT trains whole and leaves out of "all-linear", too."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelStructure:
     """The module tree behind a checkpoint.
@@ -41,12 +45,14 @@ class ModelStructure:
     base_prefix: str = ""
 
     def linear_modules(self) -> tuple[str, ...]:
-        """Every Linear and Conv1D whose weight lies on disk as it is, but the language-model head, in module order."""
+        """Every Linear and Conv1D whose weight lies on disk as it is, but the model's head, in module order."""
         on_disk = set(self.run_time_names.values())
         return tuple(
             module
             for module, kind in self.layers.items()
-            if kind in ("linear", "conv1d") and module != self.output_embedding and f"{module}.weight" in on_disk
+            if kind in ("linear", "conv1d")
+            and module not in (self.output_embedding, *CLASSIFIER_HEADS)
+            and f"{module}.weight" in on_disk
         )
 
 

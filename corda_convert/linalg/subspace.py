@@ -31,6 +31,13 @@ class Subspace:
     orthonormality: float
 
 
+def load_solvers() -> None:
+    """Runs each solver on a tiny problem, so that what LAPACK loads late is in memory before that is planned."""
+    for shape in ((2, 3), (3, 2)):
+        for end in ("top", "bottom"):
+            left_subspace(torch.eye(*shape, dtype=torch.float64), rank=1, end=end)
+
+
 def left_subspace(M: Tensor, *, rank: int, end: End) -> Subspace:
     """The `rank` left singular vectors of `M` (d_out, d_in) at one end of its spectrum.
 

@@ -82,6 +82,8 @@ def decompose(
     `s·B·A = U Uᵀ W`, with U the `rank` left singular vectors of `W (C + λI)` at the end that the mode says (CorDA, §3).
     Raises a `CordaConvertError`; then nothing was written.
     """
+    from corda_convert.linalg.subspace import load_solvers
+
     checkpoint = read_checkpoint(Path(model))
     _check_options(options, checkpoint, covariances)
     matrices = None if covariances is None or options.method == "svd" else read_covariances(Path(covariances))
@@ -127,6 +129,7 @@ def decompose(
             _SNIPPET,
         ),
     )
+    load_solvers()
     return produce(production, run)
 
 
@@ -336,5 +339,8 @@ def _inputs(checkpoint: Checkpoint, matrices: Covariances | None) -> tuple[Input
 
 
 def _describe(matrices: Covariances) -> dict[str, Any]:
-    known = ("samples", "tokens", "normalization", "model", "data")
-    return {"matrices": len(matrices.matrices), **{key: matrices.metadata.get(key) for key in known}}
+    known = {key: matrices.metadata.get(key) for key in ("samples", "tokens", "normalization", "model", "data")}
+    for key in ("model", "data"):  # a receipt holds no absolute path
+        value = known[key]
+        known[key] = Path(value).name if value is not None and Path(value).is_absolute() else value
+    return {"matrices": len(matrices.matrices), **known}

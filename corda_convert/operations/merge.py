@@ -66,7 +66,13 @@ def merge(
         evidence.check_plain(trained, weights, checkpoint)
     dtype = run.output_dtype
     touched: dict[str, Transform] = {
-        weight.name: FoldTransform(weight, factors, layout, output_dtype(weight.spec.dtype, dtype), options.rounding)
+        weight.name: FoldTransform(
+            folded.bases.get(factors.module_name, weight),
+            factors,
+            layout,
+            output_dtype(weight.spec.dtype, dtype),
+            options.rounding,
+        )
         for factors, weight, layout in placed
     }
     touched |= _replacements(folded, names, dtype, touched)
@@ -132,9 +138,25 @@ def place_modules(adapter: Adapter, names: NameMap) -> list[tuple[ModuleFactors,
             continue
         layout, shape_problems = _layout(factors, weight, placement)
         problems += shape_problems
+        base = adapter.bases.get(factors.module_name)
+        if base is not None:
+            problems += _base_problems(adapter, base, weight)
         placed.append((factors, weight, layout))
     raise_problems(_with_base_hint(problems, adapter))
     return placed
+
+
+def _base_problems(adapter: Adapter, base: TensorRef, weight: TensorRef) -> list[CordaConvertError]:
+    """What keeps a weight that the adapter brings along from taking the place of the model's."""
+    if base.shape == weight.shape and base.spec.dtype in COMPUTABLE_DTYPES:
+        return []
+    return [
+        UnsupportedInput(
+            f"{adapter.source.name} brings {base.name} {base.spec.dtype} {base.shape} along for {weight.name} "
+            f"{weight.spec.dtype} {weight.shape}; this version does not change shapes.",
+            why="The vocabulary was resized in training." if base.shape != weight.shape else None,
+        )
+    ]
 
 
 def _unplaced(adapter: Adapter, missing: list[str], names: NameMap) -> CordaConvertError:
@@ -284,7 +306,7 @@ def _inputs(checkpoint: Checkpoint, trained: Adapter, initial: Adapter | None) -
 
 def _warnings(adapter: Adapter, checkpoint: Checkpoint, options: MergeOptions) -> tuple[str, ...]:
     named = adapter.source.base_name
-    if named and options.init is None and Path(named).name != checkpoint.name:
+    if named and options.init is None and checkpoint.name not in (named, Path(named).name):
         shown = Path(named).name if Path(named).is_absolute() else named  # the receipt holds no absolute path
         return (
             f'{adapter.source.name} names "{shown}" as its base; it is merged into {checkpoint.name}, where every module '

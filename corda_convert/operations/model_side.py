@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from corda_convert.checkpoint.folder import Checkpoint
+from corda_convert.errors import UnsupportedInput
 from corda_convert.operations.options import RunOptions
 from corda_convert.output.model_card import Card, is_hub_id
 from corda_convert.output.side_files import (
@@ -21,6 +22,11 @@ def model_side_files(
     checkpoint: Checkpoint, run: RunOptions, overrides: Iterable[tuple[SideFile, ...]] = ()
 ) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
     """The source's side files with those that win over them, the config in step with `--dtype`; and what stays behind."""
+    if run.dtype is not None and (checkpoint.config or {}).get("quantization_config"):
+        raise UnsupportedInput(
+            f"{checkpoint.name} is quantized (quantization_config in its config.json): --dtype would cast its scales too.",
+            next_step="Leave out --dtype, or use the unquantized model.",
+        )
     found = collect_side_files(checkpoint)
     files = found.carried
     for others in overrides:

@@ -82,9 +82,7 @@ def to_lora(
         side_files=override((json_file(CONFIG_FILE, config),), tokenizer_files(trained.source.folder)),
         facts={"scaling_baked_in": is_baked, "rank": config["r"], "alpha": config["lora_alpha"]},
         card=_card(trained, initial, options),
-        warnings=()
-        if options.base
-        else ("The new adapter names no base model. Give its name with --base, for tools that look it up.",),
+        warnings=_warnings(pairs, options, run),
     )
     return produce(production, run)
 
@@ -124,9 +122,23 @@ def _exact_dtype(factors: LoraFactors, *, is_baked: bool) -> str:
     return dtypes.pop() if len(dtypes) == 1 else "F32"
 
 
+def _warnings(pairs: Adapter, options: ToLoraOptions, run: RunOptions) -> tuple[str, ...]:
+    warnings = []
+    if not options.base:
+        warnings.append("The new adapter names no base model. Give its name with --base, for tools that look it up.")
+    wanted = run.output_dtype
+    wide = {ref.spec.dtype for factors in pairs.modules for ref in factors.operands().values()} & {"F32", "F64"}
+    if wanted in ("BF16", "F16") and wide:
+        warnings.append(
+            f"The factors are rounded to {run.dtype}. B·A and B₀·A₀ nearly cancel, so their difference, all that was "
+            "learned, loses more than that dtype's own precision. Without --dtype nothing is lost."
+        )
+    return tuple(warnings)
+
+
 def _replacement_keys(adapter: Adapter) -> dict[str, TensorRef]:
-    """modules_to_save and trained biases, under the names that the adapter's file gives them."""
-    return {ref.name: ref for ref in adapter.replacements.values()}
+    """modules_to_save, saved embeddings and trained biases, under the names that the adapter's file gives them."""
+    return {ref.name: ref for ref in (*adapter.replacements.values(), *adapter.bases.values())}
 
 
 def converted_config(config: Mapping[str, Any], scaling: LoraScaling, *, is_baked: bool) -> dict[str, Any]:

@@ -25,6 +25,7 @@ def tool() -> dict[str, Any]:
         "version": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
         "platform": f"{sys.platform} {platform.machine()}",
     }
 

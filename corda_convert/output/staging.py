@@ -72,19 +72,22 @@ def staging_folder(output: Path) -> Iterator[Path]:
     """
     output = output.resolve()
     staging = output.with_name(output.name + STAGING_SUFFIX)
+    made = [parent for parent in output.parents if not parent.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
     with _lock(staging, output):
         _empty(staging)
         try:
             yield staging
             _replace(staging, output)
-        except OSError as error:
+        except BaseException as error:
             shutil.rmtree(staging, ignore_errors=True)
-            raise OutputRefused(
-                f"Writing {output} failed: {error}.", next_step="Free disk space, or choose another output with -o."
-            ) from error
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
+            for parent in made:
+                with contextlib.suppress(OSError):  # not empty: somebody else uses it by now
+                    parent.rmdir()
+            if isinstance(error, OSError):
+                raise OutputRefused(
+                    f"Writing {output} failed: {error}.", next_step="Free disk space, or choose another output with -o."
+                ) from error
             raise
 
 
