@@ -446,11 +446,12 @@ finally:
 MEASURE_TIGHT = """
 import contextlib, io, json, re, sys
 from corda_convert.cli import main
-# What the program itself holds differs from process to process, by pages of libraries that are in the page cache or not:
-# the limit is set by a dry run in the same process.
-said = io.StringIO()
-with contextlib.suppress(SystemExit), contextlib.redirect_stdout(said):
-    main([*sys.argv[1:], "--dry-run"])
+# What the program itself holds differs from process to process, by pages of libraries that are in the page cache or not,
+# and falls after modules were compiled: the limit is set by the second dry run in the same process.
+for _ in range(2):
+    said = io.StringIO()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(said):
+        main([*sys.argv[1:], "--dry-run"])
 free = json.loads(said.getvalue())["plan"]
 limit = free["memory_bytes"] - free["buffer_bytes"] // 3
 try:
