@@ -1,9 +1,9 @@
 """The one loop: read · transform · write, overlapping, for every command. It knows no format and no method.
 
-Threads pass slots of reused buffers along two queues: the reader fills a slot with `pread`, workers run the transforms'
-steps (on a CPU one worker for each core, each on one thread), the writer writes and hashes, in the order of reading.
-Runs of untouched bytes are copied by the kernel. What the plan promised in memory is what is allocated: a slot is the
-only place where tensors wait.
+Threads pass slots of reused buffers along queues: the reader fills a slot with `pread`, workers run the transforms'
+steps (on a CPU one worker for each core, each on one thread), the writer writes in the order of reading, and the hasher
+follows it. Runs of untouched bytes are copied by the kernel. What the plan promised in memory is what is allocated: a
+slot is the only place where tensors wait.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class RunRecord:
     read_seconds: float
     compute_seconds: float
     write_seconds: float
+    hash_seconds: float
 
 
 def run(plan: Plan, folder: Path, device: torch.device, progress: Progress | None = None) -> RunRecord:
@@ -124,21 +125,25 @@ class _Run:
         self.free: queue.Queue[_Slot | None] = queue.Queue()
         self.read: queue.Queue[_Work | None] = queue.Queue(maxsize=plan.slots + 1)
         self.computed: queue.Queue[_Work | None] = queue.Queue(maxsize=plan.slots + 1)
+        self.written: queue.Queue[_Work | None] = queue.Queue(maxsize=plan.slots + 1)
+        self.writers: dict[str, ShardWriter] = {}
         self.digests: dict[Path, SequentialDigest] = {}
         self.facts: dict[str, Facts] = {}
         self.records: list[FileRecord] = []
-        self.seconds = {"read": 0.0, "compute": 0.0, "write": 0.0}
+        self.seconds = {"read": 0.0, "compute": 0.0, "write": 0.0, "hash": 0.0}
         self.seconds_lock = threading.Lock()
         for _ in range(plan.slots):
             self.free.put(None)  # a slot is allocated when it is first needed
 
     def run(self) -> RunRecord:
         begun = time.perf_counter()
-        loops = [self._read_all, *[self._compute_all] * self.plan.workers, self._write_all]
+        loops = [self._read_all, *[self._compute_all] * self.plan.workers, self._write_all, self._hash_all]
         threads = [
             threading.Thread(target=self._guard, args=(loop,), name=loop.__name__, daemon=True) for loop in loops
         ]
-        with _threads_each(self.plan.workers):
+        with _threads_each(self.plan.workers), contextlib.ExitStack() as stack:
+            for file in self.plan.files:
+                self.writers[file.name] = stack.enter_context(self._open(file))
             try:
                 for thread in threads:
                     thread.start()
@@ -158,6 +163,7 @@ class _Run:
             read_seconds=self.seconds["read"],
             compute_seconds=self.seconds["compute"],
             write_seconds=self.seconds["write"],
+            hash_seconds=self.seconds["hash"],
         )
 
     def _guard(self, loop: Callable[[], None]) -> None:
@@ -242,11 +248,9 @@ class _Run:
         if digest is None or digest.is_broken:
             return
         buffer = memoryview(bytearray(min(COPY_BYTES, job.nbytes)))
-        for begin, nbytes in _pieces(job.nbytes):
+        for begin, nbytes in self._pieces(job):
             job.source.read_bytes_into(job.source_offset + begin, buffer[:nbytes])
             digest.update(job.source_offset + begin, buffer[:nbytes])
-            if self.stop.is_set():
-                raise _Stopped
 
     def _compute_all(self) -> None:
         while (work := self._take(self.read)) is not None:
@@ -277,12 +281,20 @@ class _Run:
                 self.facts[running.job.name] = {"action": running.job.transform.action, **running.session.facts()}
 
     def _write_all(self) -> None:
-        with contextlib.ExitStack() as stack:
-            writers = {file.name: stack.enter_context(self._open(file)) for file in self.plan.files}
-            for work in self._in_order():
-                with self._busy("write"):
-                    self._write(work, writers)
-            self.records = [FileRecord(name, *writer.finish()) for name, writer in writers.items()]
+        for work in self._in_order():
+            with self._busy("write"):
+                self._write(work)
+            self._give(self.written, work)
+        self._give(self.written, None)
+
+    def _hash_all(self) -> None:
+        """Hashes what was written, behind the writer, and gives the slots back."""
+        while (work := self._take(self.written)) is not None:
+            with self._busy("hash"):
+                self._hash(work)
+            if work.slot is not None:
+                self.free.put(work.slot)
+        self.records = [FileRecord(name, *writer.finish()) for name, writer in self.writers.items()]
 
     def _in_order(self) -> Iterator[_Work]:
         """What the workers are done with, in the order of reading, so that every file grows front to back."""
@@ -298,25 +310,33 @@ class _Run:
                 yield waiting.pop(place)
                 place += 1
 
-    def _write(self, work: _Work, writers: Mapping[str, ShardWriter]) -> None:
+    def _write(self, work: _Work) -> None:
         if work.copy is not None:
-            self._copy(work.copy, writers[work.copy.file_name])
-        if work.chunk is None or work.slot is None:
-            return
-        for write, view in zip(work.chunk.writes, _parts(work.slot.outputs, work.chunk.writes), strict=True):
-            writers[write.file_name].write(write.offset, _memory(view))
+            for begin, nbytes in self._pieces(work.copy):
+                job = work.copy
+                writer = self.writers[job.file_name]
+                writer.copy(job.offset + begin, job.source.descriptor, job.source_offset + begin, nbytes)
+                self.progress(job.names[0], nbytes)
+        for write, view in _written(work):
+            self.writers[write.file_name].write(write.offset, _memory(view))
             self.progress(write.tensor, write.nbytes)
-        self.free.put(work.slot)
+
+    def _hash(self, work: _Work) -> None:
+        if work.copy is not None:
+            for begin, nbytes in self._pieces(work.copy):
+                self.writers[work.copy.file_name].digest_copied(work.copy.offset + begin, nbytes)
+        for write, view in _written(work):
+            self.writers[write.file_name].digest(write.offset, _memory(view))
+
+    def _pieces(self, job: CopyJob) -> Iterator[tuple[int, int]]:
+        """The job's bytes, cut; stops between pieces where another thread has failed."""
+        for begin in range(0, job.nbytes, COPY_BYTES):
+            if self.stop.is_set():
+                raise _Stopped
+            yield begin, min(COPY_BYTES, job.nbytes - begin)
 
     def _open(self, file: PackedFile) -> ShardWriter:
         return ShardWriter(self.folder / file.name, file.header, file.nbytes)
-
-    def _copy(self, job: CopyJob, writer: ShardWriter) -> None:
-        for begin, nbytes in _pieces(job.nbytes):
-            writer.copy(job.offset + begin, job.source.descriptor, job.source_offset + begin, nbytes)
-            self.progress(job.names[0], nbytes)
-            if self.stop.is_set():
-                raise _Stopped
 
 
 def _join(thread: threading.Thread) -> None:
@@ -362,11 +382,6 @@ def _threads_each(workers: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _pieces(nbytes: int) -> Iterator[tuple[int, int]]:
-    for begin in range(0, nbytes, COPY_BYTES):
-        yield begin, min(COPY_BYTES, nbytes - begin)
-
-
 def _offset_in_file(read: Read) -> int:
     file = read.file
     assert isinstance(file, SafetensorsFile)  # noqa: S101 - the caller has a digest, which only such a file has
@@ -379,6 +394,12 @@ def _parts(slot: torch.Tensor, parts: Sequence[Read | Write]) -> Iterator[torch.
     for part in parts:
         yield slot[position : position + part.nbytes]
         position += -(-part.nbytes // BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT
+
+
+def _written(work: _Work) -> Iterator[tuple[Write, torch.Tensor]]:
+    """The outputs of a chunk and their bytes in its slot; nothing for a copy."""
+    if work.chunk is not None and work.slot is not None:
+        yield from zip(work.chunk.writes, _parts(work.slot.outputs, work.chunk.writes), strict=True)
 
 
 def _named_tensors(buffer: torch.Tensor, parts: Sequence[Read | Write]) -> dict[str, torch.Tensor]:

@@ -148,6 +148,7 @@ def _fill(
             "read": round(record.read_seconds, 3),
             "compute": round(record.compute_seconds, 3),
             "write": round(record.write_seconds, 3),
+            "hash": round(record.hash_seconds, 3),
         },
         "peak_memory_bytes": peak_resident_bytes(),
         "peak_device_memory_bytes": _peak_device_bytes(device),

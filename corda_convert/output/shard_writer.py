@@ -27,6 +27,7 @@ class ShardWriter:
         except OSError as error:
             raise self._refusal(error) from None
         self.write(0, memoryview(header))
+        self.digest(0, header)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -44,7 +45,6 @@ class ShardWriter:
                 done += os.pwrite(self._descriptor, view[done:], offset + done)
         except OSError as error:
             raise self._refusal(error) from None
-        self._digest.update(offset, view)
 
     def copy(self, offset: int, source: int, source_offset: int, nbytes: int) -> None:
         """Copies bytes of another open file inside the kernel, where the file systems can."""
@@ -55,8 +55,19 @@ class ShardWriter:
                 if count == 0:
                     raise OutputRefused(f"The source of {self.path.name} became shorter while it was copied.")
                 done += count
-            if not self._digest.is_broken:
-                self._digest.update(offset, os.pread(self._descriptor, nbytes, offset))
+        except OSError as error:
+            raise self._refusal(error) from None
+
+    def digest(self, offset: int, view: memoryview | bytes) -> None:
+        """Takes bytes that were written at `offset` into the file's digest. May run on a thread of its own."""
+        self._digest.update(offset, view)
+
+    def digest_copied(self, offset: int, nbytes: int) -> None:
+        """Takes bytes that were copied to `offset` into the file's digest."""
+        if self._digest.is_broken:
+            return
+        try:
+            self._digest.update(offset, os.pread(self._descriptor, nbytes, offset))
         except OSError as error:
             raise self._refusal(error) from None
 
