@@ -83,3 +83,10 @@ def raise_problems(problems: Iterable[CordaConvertError]) -> None:
         raise found[0]
     if found:
         raise PlanRefused(found)
+
+
+def some(names: Iterable[str], most: int = 5) -> str:
+    """The first few names, and how many more."""
+    listed = list(names)
+    rest = len(listed) - most
+    return ", ".join(listed[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -37,6 +37,11 @@ class ModuleFactors(Protocol):
 
     @property
     def module_name(self) -> str: ...
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the factors are for an Embedding, which only LoRA has."""
+        ...
 
     def operands(self) -> Mapping[str, TensorRef]:
         """Every tensor of this module, by operand name."""
@@ -93,10 +98,3 @@ class AdapterFormat(Protocol):
 def dimensions(weight: TensorSpec, layout: Layout) -> tuple[int, int]:
     """(d_out, d_in) of a 2D weight."""
     return (weight.shape[0], weight.shape[1]) if layout == "out_in" else (weight.shape[1], weight.shape[0])
-
-
-def some(names: Iterable[str], most: int = 5) -> str:
-    """The first few names, and how many more."""
-    listed = list(names)
-    rest = len(listed) - most
-    return ", ".join(listed[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from corda_convert.adapters.factors import Adapter, some
+from corda_convert.adapters.factors import Adapter
 from corda_convert.adapters.lora import LoraFactors
-from corda_convert.errors import AdapterMismatch, CordaConvertError, raise_problems
+from corda_convert.errors import AdapterMismatch, CordaConvertError, raise_problems, some
 
 
 def with_initial(adapter: Adapter, initial: Adapter) -> Adapter:

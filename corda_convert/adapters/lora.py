@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from corda_convert.adapters.factors import Adapter, Initialization, Layout, RowFold, dimensions, some
+from corda_convert.adapters.factors import Adapter, Initialization, Layout, RowFold, dimensions
 from corda_convert.adapters.replacements import same_place, split_replacements
 from corda_convert.adapters.source import CONFIG_FILE, AdapterSource, integer, number
 from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorRef, TensorSpec
@@ -20,6 +20,7 @@ from corda_convert.errors import (
     CordaConvertError,
     UnsupportedInput,
     raise_problems,
+    some,
 )
 
 if TYPE_CHECKING:

@@ -32,6 +32,10 @@ class BlockFactors:
     kind: str
 
     @property
+    def is_embedding(self) -> bool:
+        return False
+
+    @property
     def rank(self) -> int:
         return self.block.shape[-1] if self.mode == "bat" else self.block.shape[0]
 

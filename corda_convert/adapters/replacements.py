@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from corda_convert.adapters.factors import some
 from corda_convert.adapters.source import CONFIG_FILE, AdapterSource
 from corda_convert.checkpoint.tensors import TensorRef
-from corda_convert.errors import AdapterMismatch, CordaConvertError, MalformedFile, UnsupportedInput
+from corda_convert.errors import AdapterMismatch, CordaConvertError, MalformedFile, UnsupportedInput, some
 
 SAVED_EMBEDDINGS = ("embed_tokens", "lm_head")
 """Modules that PEFT's `save_embedding_layers` saves whole, adapted or not (its EMBEDDING_LAYER_NAMES)."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from corda_convert.checkpoint.safetensors_file import SafetensorsFile
 from corda_convert.checkpoint.tensors import TensorRef, TensorSpec
-from corda_convert.errors import CordaConvertError, InputNotFound, MalformedFile, UnsupportedInput, raise_problems
+from corda_convert.errors import CordaConvertError, InputNotFound, MalformedFile, UnsupportedInput, raise_problems, some
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -147,24 +147,17 @@ def _check_index(root: Path, weight_map: dict[str, Any], shards: dict[str, Safet
     absent = [name for name, file_name in weight_map.items() if name not in shards[str(file_name)].specs]
     if absent:
         problems.append(
-            MalformedFile(f"{root / INDEX_FILE} names {len(absent)} tensors that its shards lack: {_some(absent)}.")
+            MalformedFile(f"{root / INDEX_FILE} names {len(absent)} tensors that its shards lack: {some(absent)}.")
         )
     unlisted = [name for name in found if name not in weight_map]
     if unlisted:
         problems.append(
-            MalformedFile(
-                f"{root / INDEX_FILE} does not name {len(unlisted)} tensors of its shards: {_some(unlisted)}."
-            )
+            MalformedFile(f"{root / INDEX_FILE} does not name {len(unlisted)} tensors of its shards: {some(unlisted)}.")
         )
     counted = sum(len(shard.specs) for shard in shards.values())
     if counted != len(found):
         problems.append(MalformedFile(f"{counted - len(found)} tensors of {root} stand in two shards."))
     raise_problems(problems)
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _collect(
@@ -191,7 +184,7 @@ def _no_weights(path: Path) -> CordaConvertError:
     others = sorted(entry.name for entry in path.glob("*.safetensors"))
     if others:
         return InputNotFound(
-            f"{path} has no {INDEX_FILE} and no {SINGLE_FILE}, but {_some(others)}.",
+            f"{path} has no {INDEX_FILE} and no {SINGLE_FILE}, but {some(others)}.",
             why="Without an index it is not known which files make up the model.",
             next_step="Give the one file itself, or restore the index.",
         )

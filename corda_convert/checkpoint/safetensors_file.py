@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -154,10 +153,6 @@ class SafetensorsFile:
     @property
     def metadata(self) -> dict[str, str]:
         return self.header.metadata
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.header.specs)
 
     @property
     def descriptor(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from corda_convert.adapters.factors import Layout, dimensions, some
+from corda_convert.adapters.factors import Layout, dimensions
 from corda_convert.adapters.source import CONFIG_FILE, PEFT_PREFIX, WEIGHTS_FILE
 from corda_convert.checkpoint.covariances import Covariances, read_covariances
 from corda_convert.checkpoint.folder import INITIAL_ADAPTER_FOLDER, Checkpoint, read_checkpoint
@@ -22,6 +22,7 @@ from corda_convert.errors import (
     InputNotFound,
     UnsupportedInput,
     raise_problems,
+    some,
 )
 from corda_convert.operations.decomposition import DecomposeTransform, Method, Mode
 from corda_convert.operations.evidence import initial_adapter_of

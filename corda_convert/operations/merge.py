@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from corda_convert.adapters import read_adapter
-from corda_convert.adapters.factors import Adapter, Layout, ModuleFactors, some
+from corda_convert.adapters.factors import Adapter, Layout, ModuleFactors
 from corda_convert.adapters.initial import with_initial
 from corda_convert.adapters.lora import LoraFactors
 from corda_convert.checkpoint.folder import Checkpoint, read_checkpoint
 from corda_convert.checkpoint.names import NameMap, Placement
 from corda_convert.checkpoint.structure import read_structure
 from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorRef
-from corda_convert.errors import AdapterMismatch, CordaConvertError, UnsupportedInput, raise_problems
+from corda_convert.errors import AdapterMismatch, CordaConvertError, UnsupportedInput, raise_problems, some
 from corda_convert.operations import evidence
 from corda_convert.operations.model_side import model_side_files, transformers_card
 from corda_convert.operations.options import Outcome, RunOptions
@@ -184,7 +184,7 @@ def _weight_problem(
             "untie.",
             why="Folding into the shared tensor would change both.",
         )
-    if getattr(factors, "is_embedding", False) and names.may_be_tied(weight.name):
+    if factors.is_embedding and names.may_be_tied(weight.name):
         return _maybe_tied(factors.module_name)
     if names.structure is not None and weight.name in names.structure.converted:
         return UnsupportedInput(f"{factors.module_name}: the model fuses {weight.name} with others on loading.")
@@ -203,14 +203,13 @@ def _maybe_tied(name: str) -> UnsupportedInput:
 
 
 def _layout(factors: ModuleFactors, weight: TensorRef, placement: Placement) -> tuple[Layout, list[CordaConvertError]]:
-    is_embedding = getattr(factors, "is_embedding", False)
-    if is_embedding != (placement.kind == "embedding") and placement.kind is not None:
+    if factors.is_embedding != (placement.kind == "embedding") and placement.kind is not None:
         return "out_in", [
             AdapterMismatch(
                 f"{factors.module_name} is of type {placement.kind}, the adapter's factors are not for that."
             )
         ]
-    if is_embedding or placement.kind == "conv1d":
+    if factors.is_embedding or placement.kind == "conv1d":
         return "in_out", factors.check(weight.spec, "in_out")
     if placement.kind == "linear":
         return "out_in", factors.check(weight.spec, "out_in")

@@ -124,7 +124,7 @@ class _FoldSession:
         import torch
 
         assert self.fold is not None  # noqa: S101 - set by `prepare`
-        if self.transform.rounding == "nearest" or not _is_embedding(self.transform):
+        if self.transform.rounding == "nearest" or not self.transform.factors.is_embedding:
             return rows, self.fold.fold(rows, first_row, streamed)
         change = torch.zeros_like(rows)
         square = self.fold.fold(change, first_row, streamed)
@@ -175,10 +175,6 @@ def _square(tensor: Tensor) -> float:
     import torch
 
     return float(torch.linalg.vector_norm(tensor)) ** 2
-
-
-def _is_embedding(transform: FoldTransform) -> bool:
-    return bool(getattr(transform.factors, "is_embedding", False))
 
 
 def _overflow(name: str, dtype: str) -> NotFinite:
