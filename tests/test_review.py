@@ -283,3 +283,25 @@ def test_a_quantized_model_is_not_cast(refusal: Refusal, tmp_path: Path) -> None
     (model / "config.json").write_text(json.dumps(config))
     message = refusal("merge", model, "--adapter", write_lora(tmp_path / "lora"), "--dtype", "float32")
     assert "is quantized (quantization_config in its config.json)" in message
+
+
+def test_nan_in_a_tensor_that_to_lora_carries_is_refused(refusal: Refusal, tmp_path: Path) -> None:
+    copies = []
+    for name in ("trained", "init"):
+        adapter = write_lora(tmp_path / name, modules_to_save=["lm_head"])
+        file = adapter / "adapter_model.safetensors"
+        head = {"base_model.model.lm_head.weight": torch.full((VOCABULARY, HIDDEN), float("nan"))}
+        save_file({**load_file(file), **head}, file)
+        copies.append(adapter)
+    message = refusal("to-lora", copies[0], "--init", copies[1])
+    assert message.startswith("base_model.model.lm_head.weight in ")
+    assert "holds NaN or Inf." in message
+
+
+def test_a_folder_whose_initial_adapter_is_no_lora_is_refused_in_words(refusal: Refusal, tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "model")
+    adapter = write_lora(tmp_path / "lora")
+    modules = [name.removesuffix(".lora_A.weight") for name in load_file(adapter / "adapter_model.safetensors")]
+    blocks = {f"{name}.miss_block": random(4, 8) for name in modules if not name.endswith(".lora_B.weight")}
+    write_adapter(model / "miss_init", blocks, {"peft_type": "MISS", "r": 4, "init_weights": True})
+    assert "was not trained beside it" in refusal("merge", model, "--adapter", adapter)

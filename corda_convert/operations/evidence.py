@@ -141,7 +141,7 @@ def _check_on_residual(adapter: Adapter, model: Checkpoint, folder: Path) -> Non
     initial = read_adapter(folder)
     mine = {factors.module_name for factors in adapter.modules}
     theirs = {factors.module_name for factors in initial.modules}
-    if adapter.kind != "lora" or mine != theirs:
+    if (adapter.kind, initial.kind) != ("lora", "lora") or mine != theirs:
         raise AdapterMismatch(
             f"{model.name} is a residual, and {adapter.source.name} was not trained beside it: it adapts other modules than "
             f"{folder.name}.",

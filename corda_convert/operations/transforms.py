@@ -185,7 +185,7 @@ def _overflow(name: str, dtype: str) -> NotFinite:
 
 @dataclass(frozen=True, slots=True)
 class CastTransform:
-    """One tensor in another dtype (`cast`), or the adapter's own tensor in place of the base's (`replaced`)."""
+    """One tensor in another dtype (`cast`), or the adapter's own tensor: in place of the base's (`replaced`), or `carried`."""
 
     source: TensorRef
     dtype: str
@@ -223,7 +223,7 @@ class _CastSession:
         ref = self.transform.source
         if bool(torch.isfinite(source).all()):
             raise _overflow(ref.name, self.transform.dtype)
-        if self.transform.action == "replaced":
+        if self.transform.action != "cast":  # the base's own values are the base's business
             raise NotFinite(f"{ref.name} in {ref.file.path} holds NaN or Inf.", why="The training diverged.")
 
     def facts(self) -> Facts:
