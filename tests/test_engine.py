@@ -332,7 +332,7 @@ def test_an_input_that_is_read_front_to_back_has_its_digest(tmp_path: Path) -> N
     save_file({"factor": random(1)}, tmp_path / "factor.safetensors")
     file, factor = SafetensorsFile(tmp_path / "x.safetensors"), SafetensorsFile(tmp_path / "factor.safetensors")
     tensors: list[Produced | Copied] = [Copied(spec, file, name) for name, spec in file.specs.items()]
-    middle = file.specs[file.names[1]]
+    middle = file.specs[list(file.specs)[1]]
     tensors[1] = Produced(middle, Scale(TensorRef(file, middle), ref(factor, "factor")))
     record = run(make_plan(*tensors), tmp_path / "out")
     assert record.input_digests == {path: sha256(path) for path in (file.path, factor.path)}

@@ -202,10 +202,10 @@ def test_the_chunks_of_a_job_read_and_write_each_byte_once_and_in_order(rows: in
 def test_adjacent_copies_become_one_job(tmp_path: Path) -> None:
     shapes = dict.fromkeys("abcd", (3, 5))
     file = write(tmp_path / "x.safetensors", shapes)
-    plan = pack([OutputFileSpec("x.safetensors", copied(file, *file.names), {})])
+    plan = pack([OutputFileSpec("x.safetensors", copied(file, *file.specs), {})])
     (job,) = plan.jobs
     assert isinstance(job, CopyJob)
-    assert job.names == file.names
+    assert job.names == tuple(file.specs)
     assert (job.source_offset, job.offset) == (file.header.data_begin, len(plan.files[0].header))
     assert job.nbytes == plan.read_bytes == plan.work_bytes == 4 * 60
     assert plan.memory_bytes == 2 * job.nbytes  # once for the digest of the input, once for that of the output
@@ -213,7 +213,7 @@ def test_adjacent_copies_become_one_job(tmp_path: Path) -> None:
 
 def test_a_computed_tensor_parts_the_copies_around_it(tmp_path: Path) -> None:
     file = write(tmp_path / "x.safetensors", dict.fromkeys("abcde", (4, 4)))
-    a, b, c, d, e = file.names
+    a, b, c, d, e = file.specs
     middle = Produced(file.specs[c], Scale(TensorRef(file, file.specs[c])))  # type: ignore[arg-type]
     plan = pack([OutputFileSpec("x.safetensors", (*copied(file, a, b), middle, *copied(file, d, e)), {})])
     first, job, last = plan.jobs
@@ -227,8 +227,8 @@ def test_a_computed_tensor_parts_the_copies_around_it(tmp_path: Path) -> None:
 def test_copies_out_of_order_or_from_two_files_or_across_files_stay_apart(tmp_path: Path) -> None:
     first = write(tmp_path / "x.safetensors", dict.fromkeys("abc", (4,)))
     second = write(tmp_path / "y.safetensors", dict.fromkeys("de", (4,)))
-    a, b, c = first.names
-    d, e = second.names
+    a, b, c = first.specs
+    d, e = second.specs
 
     def jobs(*files: tuple[Copied, ...]) -> list[tuple[str, ...]]:
         specs = [OutputFileSpec(f"{place}.safetensors", tensors, {}) for place, tensors in enumerate(files)]
