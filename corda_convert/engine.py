@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import os
 import queue
 import resource
 import threading
@@ -360,12 +361,20 @@ def _allow_open_files(plan: Plan) -> None:
         for chunk in job.chunks
         for read in chunk.all_reads
     }
-    needed = len(plan.files) + len(sources) + 128
+    needed = _open_files() + len(plan.files) + len(sources) + 32
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:
         with contextlib.suppress(OSError, ValueError):
             allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
             resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+
+
+def _open_files() -> int:
+    """How many files this process has open; a guess where the system does not tell."""
+    try:
+        return len(os.listdir("/dev/fd"))
+    except OSError:
+        return 128
 
 
 @contextlib.contextmanager

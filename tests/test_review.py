@@ -1,6 +1,7 @@
 """Silent errors that a review found: each of these once gave a wrong model, or none, without a word."""
 
 import json
+import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -180,12 +181,15 @@ def test_of_a_single_file_and_an_index_the_one_that_transformers_loads_is_read(d
 def test_more_shards_than_a_process_may_open_files(done: Command, tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "model", shards=len(llama_tensors()))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    others = [os.open(model, os.O_RDONLY) for _ in range(200)]  # as a program that imports this one may have
     opened = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir()) + 1
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 20, hard))
         done("merge", model, "--adapter", write_lora(tmp_path / "lora"), "-o", tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in others:
+            os.close(descriptor)
 
 
 def test_a_weight_without_rows_is_folded(done: Command, tmp_path: Path) -> None:
