@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
-import os
 import queue
 import resource
 import threading
@@ -372,7 +371,7 @@ def _allow_open_files(plan: Plan) -> None:
 def _open_files() -> int:
     """How many files this process has open; a guess where the system does not tell."""
     try:
-        return len(os.listdir("/dev/fd"))
+        return sum(1 for _ in Path("/dev/fd").iterdir())
     except OSError:
         return 128
 
