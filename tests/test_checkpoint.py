@@ -32,13 +32,13 @@ from corda_convert.adapters import read_adapter
 from corda_convert.adapters.factors import Adapter
 from corda_convert.checkpoint.covariances import read_covariances
 from corda_convert.checkpoint.folder import read_checkpoint
-from corda_convert.checkpoint.names import NameMap
+from corda_convert.checkpoint.names import NameMap, Target
 from corda_convert.checkpoint.pickle_file import PickleFile
 from corda_convert.checkpoint.safetensors_file import SafetensorsFile, read_header
 from corda_convert.checkpoint.structure import ModelStructure, read_structure
 from corda_convert.checkpoint.tensors import DTYPE_BITS, TensorRef, read_tensor
 from corda_convert.errors import UnsupportedInput
-from corda_convert.operations.merge import place_modules
+from corda_convert.operations.edits import fit_changes
 
 TORCH_DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64, torch.int64,
@@ -207,7 +207,7 @@ def contents(adapter: Adapter) -> dict[tuple[str, str], torch.Tensor]:
     return {
         (factors.module_name, operand): read_tensor(ref)
         for factors in adapter.modules
-        for operand, ref in factors.operands().items()
+        for operand, ref in factors.tensors().items()
     }
 
 
@@ -294,7 +294,9 @@ def test_the_default_targets_are_every_linear_but_the_head(tmp_path: Path, model
         weight = model.get_submodule(module).weight
         assert same_bits(read_tensor(names.checkpoint.tensors[tensor_name]), weight.detach())
         is_transposed = isinstance(model.get_submodule(module), Conv1D)
-        assert names.kind(tensor_name) == ("conv1d" if is_transposed else "linear")
+        target = names.target(f"{module}.weight")
+        assert target is not None
+        assert target.kind == ("conv1d" if is_transposed else "linear")
 
 
 @pytest.mark.parametrize("model_class", ["GPT2LMHeadModel", "Qwen2ForCausalLM"])
@@ -305,7 +307,9 @@ def test_a_tied_head_is_known_as_tied(tmp_path: Path, model_class: str) -> None:
     tensor_name = names.parameter(f"{embedding}.weight")
     assert tensor_name is not None
     assert names.is_tied(tensor_name)
-    assert names.kind(tensor_name) == "embedding"
+    target = names.target(f"{embedding}.weight")
+    assert target is not None
+    assert target.kind == "embedding"
     assert structure.output_embedding == "lm_head"
     untied = names.parameter(f"{structure.linear_modules()[0]}.weight")
     assert untied is not None
@@ -346,10 +350,17 @@ def test_gpt2_saved_without_its_prefix_is_found_by_run_time_and_by_disk_names(tm
     names, structure = structure_of(tmp_path / "model")
     assert "transformer.h.0.attn.c_attn" in structure.linear_modules()
     for module in ("transformer.h.1.mlp.c_fc", "h.1.mlp.c_fc"):
-        placements, missing = names.place([module])
+        placements, missing = placed(names, module)
         assert missing == []
         assert placements[module].tensor_name == "h.1.mlp.c_fc.weight"
         assert placements[module].kind == "conv1d"
+
+
+def placed(names: NameMap, *modules: str) -> tuple[dict[str, Target], list[str]]:
+    """Where the modules' weights lie, and which modules find none."""
+    targets = names.find([[f"{module}.weight"] for module in modules])
+    found = {module: target for module, target in zip(modules, targets, strict=True) if target is not None}
+    return found, [module for module in modules if module not in found]
 
 
 def map_of(tmp_path: Path, *modules: str) -> NameMap:
@@ -359,7 +370,7 @@ def map_of(tmp_path: Path, *modules: str) -> NameMap:
 
 def test_one_prefix_that_fits_all_modules_is_substituted_without_a_class(tmp_path: Path) -> None:
     names = map_of(tmp_path, "backbone.layers.0.fc", "backbone.layers.1.fc", "head")
-    placements, missing = names.place(["model.layers.0.fc", "model.layers.1.fc"])
+    placements, missing = placed(names, "model.layers.0.fc", "model.layers.1.fc")
     assert missing == []
     assert {module: placement.tensor_name for module, placement in placements.items()} == {
         "model.layers.0.fc": "backbone.layers.0.fc.weight",
@@ -370,36 +381,36 @@ def test_one_prefix_that_fits_all_modules_is_substituted_without_a_class(tmp_pat
 
 def test_a_prefix_may_be_added_or_removed(tmp_path: Path) -> None:
     names = map_of(tmp_path, "language_model.model.layers.0.fc", "language_model.model.layers.1.fc")
-    placements, missing = names.place(["model.layers.0.fc", "model.layers.1.fc"])
+    placements, missing = placed(names, "model.layers.0.fc", "model.layers.1.fc")
     assert missing == []
     assert placements["model.layers.1.fc"].tensor_name == "language_model.model.layers.1.fc.weight"
     names = map_of(tmp_path, "layers.0.fc", "layers.1.fc")
-    placements, missing = names.place(["model.layers.0.fc", "model.layers.1.fc"])
+    placements, missing = placed(names, "model.layers.0.fc", "model.layers.1.fc")
     assert missing == []
     assert placements["model.layers.1.fc"].tensor_name == "layers.1.fc.weight"
 
 
 def test_two_prefixes_that_both_fit_are_not_guessed_between(tmp_path: Path) -> None:
     names = map_of(tmp_path, "encoder.layers.0.fc", "decoder.layers.0.fc")
-    placements, missing = names.place(["model.layers.0.fc"])
+    placements, missing = placed(names, "model.layers.0.fc")
     assert (placements, missing) == ({}, ["model.layers.0.fc"])
 
 
 def test_a_prefix_that_fits_only_some_modules_is_not_substituted(tmp_path: Path) -> None:
     names = map_of(tmp_path, "backbone.layers.0.fc", "backbone.layers.1.gate")
-    placements, missing = names.place(["model.layers.0.fc", "model.layers.1.fc"])
+    placements, missing = placed(names, "model.layers.0.fc", "model.layers.1.fc")
     assert (placements, missing) == ({}, ["model.layers.0.fc", "model.layers.1.fc"])
 
 
 def test_a_prefix_is_not_substituted_where_some_modules_are_found_as_they_are(tmp_path: Path) -> None:
     names = map_of(tmp_path, "model.layers.0.fc", "backbone.layers.1.fc")
-    placements, missing = names.place(["model.layers.0.fc", "model.layers.1.fc"])
+    placements, missing = placed(names, "model.layers.0.fc", "model.layers.1.fc")
     assert (list(placements), missing) == (["model.layers.0.fc"], ["model.layers.1.fc"])
 
 
 def test_a_substitution_that_takes_two_modules_to_one_tensor_is_none(tmp_path: Path) -> None:
     names = map_of(tmp_path, "layers.0.fc")
-    placements, missing = names.place(["a.layers.0.fc", "b.layers.0.fc"])
+    placements, missing = placed(names, "a.layers.0.fc", "b.layers.0.fc")
     assert (placements, missing) == ({}, ["a.layers.0.fc", "b.layers.0.fc"])
 
 
@@ -409,7 +420,7 @@ def test_a_square_weight_of_unknown_orientation_is_refused(tmp_path: Path) -> No
     checkpoint = read_checkpoint(write_checkpoint(tmp_path / "model", config=None))
     adapter = read_adapter(write_lora(tmp_path / "lora", {square: LINEARS[square]}))
     with pytest.raises(UnsupportedInput) as refused:
-        place_modules(adapter, NameMap(checkpoint, None))
+        fit_changes(adapter, NameMap(checkpoint, None))
     assert str(refused.value) == (
         f"{square}.weight is square, and without the model's class it is not known whether it is stored as (d_out, d_in) or "
         "transposed.\nPut the model's config.json beside its weights, of an architecture that transformers knows."
@@ -422,8 +433,8 @@ def test_the_orientation_of_a_rectangular_weight_follows_from_its_shape(
 ) -> None:
     model = write_checkpoint(tmp_path / "model", {f"{UP}.weight": random(*stored)}, config=None)
     adapter = read_adapter(write_lora(tmp_path / "lora", {UP: (INNER, HIDDEN)}))
-    ((factors, weight, found),) = place_modules(adapter, NameMap(read_checkpoint(model), None))
-    assert (factors.module_name, weight.name, found) == (UP, f"{UP}.weight", layout)
+    (fitted,) = fit_changes(adapter, NameMap(read_checkpoint(model), None))
+    assert (fitted.change.module_name, fitted.target.tensor_name, fitted.layout) == (UP, f"{UP}.weight", layout)
 
 
 def test_a_single_file_is_a_checkpoint_of_its_own(tmp_path: Path) -> None:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from corda_convert.adapters.factors import Adapter, Initialization, Layout, RowFold, dimensions
+from corda_convert.adapters.factors import Adapter, Additive, Block, Initialization, Layout, RowFold
 from corda_convert.adapters.replacements import same_place, split_replacements
 from corda_convert.adapters.source import CONFIG_FILE, AdapterSource, integer, number
-from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorRef, TensorSpec
+from corda_convert.checkpoint.names import Target
+from corda_convert.checkpoint.structure import LayerKind
+from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorRef
 from corda_convert.errors import (
     AdapterMismatch,
     CordaConvertError,
@@ -60,7 +62,57 @@ class LoraFactors:
     def rank(self) -> int:
         return self.lora_A.shape[0]
 
-    def operands(self) -> Mapping[str, TensorRef]:
+    @property
+    def rounds_delta(self) -> bool:
+        return self.is_embedding
+
+    def parameters(self, known: Sequence[str]) -> tuple[str, ...]:
+        return (f"{self.module_name}.weight",)
+
+    def fit(self, target: Target) -> Layout:
+        if len(target.shape) != 2:
+            raise UnsupportedInput(
+                f"{self.module_name}: its weight has {len(target.shape)} dimensions {target.shape}; this version "
+                "folds LoRA into matrices only."
+            )
+        if target.kind is not None and self.is_embedding != (target.kind == "embedding"):
+            raise AdapterMismatch(
+                f"{self.module_name} is of type {target.kind}, the adapter's factors are not for that."
+            )
+        layouts = self._layouts(target.kind)
+        fitting = [layout for layout in layouts if self._has_shape(target, layout)]
+        if len(fitting) == 2:
+            raise UnsupportedInput(
+                f"{target.name} is square, and without the model's class it is not known whether it is stored as "
+                "(d_out, d_in) or transposed.",
+                next_step="Put the model's config.json beside its weights, of an architecture that transformers knows.",
+            )
+        if not fitting:
+            d_out, d_in = oriented(target.shape, layouts[0])
+            raise AdapterMismatch(
+                f"Adapter does not fit {self.module_name}: the weight is ({d_out}, {d_in}), "
+                f"lora_B gives {self.lora_B.shape[0]} rows and lora_A {self.lora_A.shape[1]} columns."
+            )
+        return fitting[0]
+
+    def _layouts(self, kind: LayerKind | None) -> tuple[Layout, ...]:
+        if self.is_embedding or kind == "conv1d":
+            return ("in_out",)
+        if kind == "linear":
+            return ("out_in",)
+        if kind is None:
+            return ("out_in", "in_out")
+        raise UnsupportedInput(f"{self.module_name} is no Linear, Conv1D or Embedding layer.")
+
+    def _has_shape(self, target: Target, layout: Layout) -> bool:
+        return (self.lora_B.shape[0], self.lora_A.shape[1]) == oriented(target.shape, layout)
+
+    def operands(self, block: Block) -> Mapping[str, TensorRef]:
+        refs = self.tensors()
+        return {name: ref.rows(*block.outputs) if name.endswith("_B") else ref for name, ref in refs.items()}
+
+    def tensors(self) -> Mapping[str, TensorRef]:
+        """Every factor, whole, by its name in PEFT."""
         named = {
             "lora_A": self.lora_A,
             "lora_B": self.lora_B,
@@ -69,41 +121,33 @@ class LoraFactors:
         }
         return {name: ref for name, ref in named.items() if ref is not None}
 
-    def streams(self, layout: Layout) -> frozenset[str]:
-        return frozenset({"lora_B", "initial_lora_B"} & set(self.operands())) if layout == "out_in" else frozenset()
+    def streams(self, block: Block) -> frozenset[str]:
+        return (
+            frozenset({"lora_B", "initial_lora_B"} & set(self.tensors())) if block.layout == "out_in" else frozenset()
+        )
 
-    def row_quantum(self) -> int:
+    def row_quantum(self, block: Block) -> int:
         return 1
 
-    def check(self, weight: TensorSpec, layout: Layout) -> list[CordaConvertError]:
-        if len(weight.shape) != 2:
-            return [
-                UnsupportedInput(
-                    f"{self.module_name}: its weight has {len(weight.shape)} dimensions {weight.shape}; this version "
-                    "folds LoRA into matrices only."
-                )
-            ]
-        d_out, d_in = dimensions(weight, layout)
-        if (self.lora_B.shape[0], self.lora_A.shape[1]) == (d_out, d_in):
-            return []
-        return [
-            AdapterMismatch(
-                f"Adapter does not fit {self.module_name}: the weight is ({d_out}, {d_in}), "
-                f"lora_B gives {self.lora_B.shape[0]} rows and lora_A {self.lora_A.shape[1]} columns."
-            )
-        ]
-
-    def begin(self, layout: Layout, whole: Mapping[str, Tensor], dtype: torch.dtype) -> RowFold:
-        if layout == "out_in":
-            return _LinearFold(self.scaling, {name: tensor.to(dtype) for name, tensor in whole.items()})
-        return _TransposedFold(self.scaling, {name: tensor.to(dtype) for name, tensor in whole.items()})
+    def begin(self, block: Block, whole: Mapping[str, Tensor], dtype: torch.dtype, scale: float) -> RowFold:
+        own = {
+            name: tensor[:, slice(*block.inputs)] if name.endswith("_A") else tensor for name, tensor in whole.items()
+        }
+        if block.layout == "out_in":
+            return _LinearFold(self.scaling * scale, own)
+        return _TransposedFold(self.scaling * scale, own)
 
     def describe(self) -> dict[str, object]:
         return {"kind": "lora", "rank": self.rank, "scaling": self.scaling}
 
 
+def oriented(shape: tuple[int, ...], layout: Layout) -> tuple[int, int]:
+    """(d_out, d_in) of a matrix of this shape."""
+    return (shape[0], shape[1]) if layout == "out_in" else (shape[1], shape[0])
+
+
 @dataclass(frozen=True, slots=True)
-class _LinearFold:
+class _LinearFold(Additive):
     """Rows are outputs: rows of B against the whole of A."""
 
     scaling: float
@@ -112,15 +156,18 @@ class _LinearFold:
     def fold(self, rows: Tensor, first: int, streamed: Mapping[str, Tensor]) -> float:
         from corda_convert.linalg import lora
 
-        right, left = self.whole["lora_A"], streamed["lora_B"].to(rows.dtype)
+        stop = first + rows.shape[0]
+        lefts = {name: tensor[first:stop] for name, tensor in self.whole.items() if name.endswith("_B")} | dict(
+            streamed
+        )
+        right, left = self.whole["lora_A"], lefts["lora_B"]
         if "initial_lora_A" in self.whole:
-            initial = streamed["initial_lora_B"].to(rows.dtype)
-            right, left = lora.difference(right, left, self.whole["initial_lora_A"], initial)
-        return _add(rows, lora.delta(right, left, self.scaling))
+            right, left = lora.difference(right, left, self.whole["initial_lora_A"], lefts["initial_lora_B"])
+        return add(rows, lora.delta(right, left, self.scaling))
 
 
 @dataclass(frozen=True, slots=True)
-class _TransposedFold:
+class _TransposedFold(Additive):
     """Rows are inputs: columns of A against the whole of B. The product is taken before the transpose, as PEFT does."""
 
     scaling: float
@@ -134,10 +181,11 @@ class _TransposedFold:
         if "initial_lora_A" in self.whole:
             initial = self.whole["initial_lora_A"][:, columns]
             right, left = lora.difference(right, left, initial, self.whole["initial_lora_B"])
-        return _add(rows, lora.delta(right, left, self.scaling).T)
+        return add(rows, lora.delta(right, left, self.scaling).T)
 
 
-def _add(rows: Tensor, change: Tensor) -> float:
+def add(rows: Tensor, change: Tensor) -> float:
+    """Adds a change to rows in place, and gives its squared norm."""
     import torch
 
     rows += change

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from corda_convert.adapters.factors import Adapter, Layout, RowFold, dimensions
+from corda_convert.adapters.factors import Adapter, Additive, Block, Layout, RowFold
 from corda_convert.adapters.replacements import split_replacements
 from corda_convert.adapters.source import CONFIG_FILE, AdapterSource, integer
-from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorRef, TensorSpec
+from corda_convert.checkpoint.names import Target
+from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorRef
 from corda_convert.errors import AdapterMismatch, CordaConvertError, MalformedFile, UnsupportedInput, raise_problems
 
 if TYPE_CHECKING:
@@ -32,60 +33,77 @@ class BlockFactors:
     kind: str
 
     @property
+    def rank(self) -> int:
+        return self.block.shape[-1] if self.mode == "bat" else self.block.shape[0]
+
+    @property
     def is_embedding(self) -> bool:
         return False
 
     @property
-    def rank(self) -> int:
-        return self.block.shape[-1] if self.mode == "bat" else self.block.shape[0]
+    def rounds_delta(self) -> bool:
+        return False
 
-    def operands(self) -> Mapping[str, TensorRef]:
-        return {"block": self.block}
+    def parameters(self, known: Sequence[str]) -> tuple[str, ...]:
+        return (f"{self.module_name}.weight",)
 
-    def streams(self, layout: Layout) -> frozenset[str]:
-        return frozenset()
-
-    def row_quantum(self) -> int:
-        return self.rank if self.mode == "bat" else 1
-
-    def check(self, weight: TensorSpec, layout: Layout) -> list[CordaConvertError]:
-        if len(weight.shape) != 2 or layout != "out_in":
-            return [
-                UnsupportedInput(f"{self.module_name}: {self.kind} adapts Linear layers only; this is {weight.shape}.")
-            ]
-        d_out, d_in = dimensions(weight, layout)
+    def fit(self, target: Target) -> Layout:
+        if len(target.shape) != 2 or target.kind not in ("linear", None):
+            what = target.kind or str(target.shape)
+            raise UnsupportedInput(f"{self.module_name}: {self.kind} adapts Linear layers only; this is {what}.")
+        if any(place.piece.transposed or place.piece.first % self._quantum for place in target.places):
+            raise UnsupportedInput(
+                f"{self.module_name}: the model changes {target.tensor_name} on loading in a way that a {self.mode} "
+                "block cannot follow."
+            )
+        d_out, d_in = target.shape
         r, shape = self.rank, self.block.shape
         fits = {
             "balance": r <= d_in and shape == (r, d_out),
             "mini": r <= d_in and d_out % max(shape[-1], 1) == 0,
             "bat": d_in % r == 0 and d_out % r == 0 and shape == (d_out // r, r, r),
         }[self.mode]
-        if fits:
-            return []
-        return [
-            AdapterMismatch(
+        if not fits:
+            raise AdapterMismatch(
                 f"Adapter does not fit {self.module_name}: the weight is ({d_out}, {d_in}), "
                 f"its {self.mode} block is {shape}."
             )
-        ]
+        return "out_in"
 
-    def begin(self, layout: Layout, whole: Mapping[str, Tensor], dtype: torch.dtype) -> RowFold:
-        return _BlockFold(self.mode, whole["block"].to(dtype))
+    def operands(self, block: Block) -> Mapping[str, TensorRef]:
+        return {"block": self.block}
+
+    def streams(self, block: Block) -> frozenset[str]:
+        return frozenset()
+
+    @property
+    def _quantum(self) -> int:
+        return self.rank if self.mode == "bat" else 1
+
+    def row_quantum(self, block: Block) -> int:
+        return self._quantum
+
+    def begin(self, block: Block, whole: Mapping[str, Tensor], dtype: torch.dtype, scale: float) -> RowFold:
+        own = whole["block"] if scale == 1.0 else whole["block"] * scale
+        return _BlockFold(self.mode, own, block.outputs[0])
 
     def describe(self) -> dict[str, object]:
         return {"kind": self.kind, "mode": self.mode, "rank": self.rank}
 
 
 @dataclass(frozen=True, slots=True)
-class _BlockFold:
+class _BlockFold(Additive):
+    """Rows are outputs, the first of them number `offset` of the whole weight."""
+
     mode: Mode
     block: Tensor
+    offset: int
 
     def fold(self, rows: Tensor, first: int, streamed: Mapping[str, Tensor]) -> float:
         from corda_convert.linalg import blocks
 
         fold = {"balance": blocks.fold_balance, "mini": blocks.fold_mini, "bat": blocks.fold_bat}[self.mode]
-        return fold(rows, self.block, first)
+        return fold(rows, self.block, self.offset + first)
 
 
 class BlockFormat:

@@ -1,51 +1,132 @@
-"""From a module path, as an adapter or a covariance file has it, to the tensor on disk.
+"""From a parameter's name, as an adapter or a covariance file has it, to the tensors on disk.
 
-Tried in this order: the run-time name, the disk name, and one prefix substitution that is the same for all modules.
-What none of them finds is refused by the caller.
+Tried in this order: the run-time name, the disk name, an older name that the model renames on loading, and one prefix
+substitution that is the same for all. What none of them finds is refused by the caller.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from corda_convert.checkpoint.folder import Checkpoint
+from corda_convert.checkpoint.layout import DiskLayout, Piece, whole
 from corda_convert.checkpoint.structure import LayerKind, ModelStructure
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
-    """Where a module's weight lies: the tensor's disk name, and how it is laid out if the model's class tells."""
+class Place:
+    """A tensor on disk and the piece of it that belongs to a parameter."""
 
-    module_name: str
     tensor_name: str
+    layout: DiskLayout
+    piece: Piece
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A parameter at run time, and where it lies on disk.
+
+    Attributes:
+        name: run-time name; the disk's where the model's class does not tell, or fuses the tensor that was meant.
+        shape: its shape at run time.
+        kind: the type of its module, None if the model's class does not tell.
+        places: every piece of it on disk, in the order of the tensors.
+        is_transposed: whether its module says that it stores its stack of matrices as (experts, d_in, d_out).
+    """
+
+    name: str
+    shape: tuple[int, ...]
     kind: LayerKind | None
+    places: tuple[Place, ...]
+    is_transposed: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it lies on disk as it is, as one tensor."""
+        return len(self.places) == 1 and self.places[0].layout.is_plain
+
+    @property
+    def tensor_name(self) -> str:
+        """The disk name of its first, often only, tensor."""
+        return self.places[0].tensor_name
+
+    @property
+    def is_stack(self) -> bool:
+        return self.places[0].piece.expert is not None
 
 
 @dataclass(frozen=True)
 class NameMap:
-    """Resolves module paths and parameter names of one checkpoint."""
+    """Resolves parameter names of one checkpoint."""
 
     checkpoint: Checkpoint
     structure: ModelStructure | None
 
     @cached_property
-    def _disk_names(self) -> dict[str, str]:
-        """Run-time parameter name → disk name."""
-        if self.structure is None:
-            return {}
-        return {run_time: disk for disk, run_time in self.structure.run_time_names.items()}
+    def _layouts(self) -> Mapping[str, DiskLayout]:
+        return {} if self.structure is None else self.structure.layouts
 
     @cached_property
-    def _run_time_names(self) -> dict[str, str]:
+    def _places(self) -> dict[str, tuple[Place, ...]]:
+        """Every parameter's places, by run-time name."""
+        found: dict[str, list[Place]] = {}
+        for tensor_name, layout in self._layouts.items():
+            for piece in layout.pieces:
+                found.setdefault(piece.parameter, []).append(Place(tensor_name, layout, piece))
+        return {name: tuple(places) for name, places in found.items()}
+
+    @cached_property
+    def known(self) -> tuple[str, ...]:
+        """The model's parameters in the order of their registration; nothing without its class."""
+        return () if self.structure is None else tuple(self.structure.parameters)
+
+    @cached_property
+    def _run_time_names(self) -> Mapping[str, str]:
         return {} if self.structure is None else self.structure.run_time_names
 
     def parameter(self, run_time_name: str) -> str | None:
-        """The disk name of a parameter, by its run-time or its disk name."""
-        if run_time_name in self._disk_names:
-            return self._disk_names[run_time_name]
-        return run_time_name if run_time_name in self.checkpoint.tensors else None
+        """The disk name of a parameter that lies on disk as it is, by its run-time or its disk name."""
+        target = self.target(run_time_name)
+        return target.tensor_name if target is not None and len(target.places) == 1 else None
+
+    def target(self, name: str) -> Target | None:
+        """The parameter of that run-time or disk name."""
+        if name in self._places:
+            return self._known_target(name)
+        if name in self.checkpoint.tensors:
+            return self._disk_target(name)
+        renamed = self.structure.rename(name) if self.structure is not None else name
+        return self._known_target(renamed) if renamed in self._places else None
+
+    def _known_target(self, name: str) -> Target:
+        places = self._places[name]
+        parameter = self.structure.parameters[name] if self.structure is not None else None
+        is_plain = len(places) == 1 and places[0].layout.is_plain
+        shape = self.checkpoint.spec(places[0].tensor_name).shape
+        if parameter is None:
+            return Target(name, shape, None, places)
+        return Target(
+            name, shape if is_plain else parameter.shape, parameter.kind, places, is_transposed=parameter.is_transposed
+        )
+
+    def _disk_target(self, name: str) -> Target:
+        layout = self._layouts.get(name)
+        if layout is not None and layout.is_plain and layout.pieces[0].parameter in self._places:
+            return self._known_target(layout.pieces[0].parameter)
+        shape = self.checkpoint.spec(name).shape
+        own = whole(name, shape)
+        is_matrix = layout is not None and len(shape) == 2 and name.endswith(".weight")
+        return Target(name, shape, "linear" if is_matrix else None, (Place(name, own, own.pieces[0]),))
+
+    def find(self, wanted: Sequence[Sequence[str]]) -> list[Target | None]:
+        """For each list of names that a parameter may have, the first one that is there."""
+        found = [next((target for name in names if (target := self.target(name))), None) for names in wanted]
+        if wanted and not any(found):
+            substituted = self._substitute_prefix([name for names in wanted for name in names[:1]])
+            found = [self._disk_target(substituted[names[0]]) if substituted else None for names in wanted]
+        return found
 
     def module_of(self, tensor_name: str) -> str:
         """The run-time module path of a disk tensor."""
@@ -73,45 +154,26 @@ class NameMap:
         matrices = [ref.shape for ref in self.checkpoint.tensors.values() if len(ref.shape) == 2]
         return shape in matrices and matrices.count(shape) == 1 and shape[0] == max(rows for rows, _ in matrices)
 
-    def kind(self, tensor_name: str) -> LayerKind | None:
-        if self.structure is None:
-            return None
-        return self.structure.layers.get(self.module_of(tensor_name))
-
-    def place(self, module_names: Iterable[str]) -> tuple[dict[str, Placement], list[str]]:
-        """Places each module's `weight`. Returns the placements, and the modules that found no tensor."""
-        wanted = list(module_names)
-        found = {module: self.parameter(f"{module}.weight") for module in wanted}
-        missing = [module for module, tensor in found.items() if tensor is None]
-        if missing and len(missing) == len(wanted):
-            found |= self._substitute_prefix(wanted)
-            missing = [module for module, tensor in found.items() if tensor is None]
-        placements = {
-            module: Placement(module, tensor, self.kind(tensor))
-            for module, tensor in found.items()
-            if tensor is not None
-        }
-        return placements, missing
-
-    def _substitute_prefix(self, modules: list[str]) -> Mapping[str, str]:
-        """The one prefix substitution that takes every module to a tensor of its own, or nothing."""
-        first = modules[0].split(".")
-        names = self.checkpoint.tensors
+    def _substitute_prefix(self, names: Iterable[str]) -> Mapping[str, str]:
+        """The one prefix substitution that takes every name to a tensor of its own, or nothing."""
+        wanted = list(names)
+        first = wanted[0].split(".")
+        tensors = self.checkpoint.tensors
         solutions: set[tuple[tuple[str, str], ...]] = set()
-        for cut in range(len(first)):
-            old, suffix = ".".join(first[:cut]), ".".join(first[cut:]) + ".weight"
-            for name in names:
-                if name != suffix and not name.endswith(f".{suffix}"):
+        for cut in range(len(first) - 1):
+            old, suffix = ".".join(first[:cut]), ".".join(first[cut:])
+            for tensor in tensors:
+                if tensor != suffix and not tensor.endswith(f".{suffix}"):
                     continue
-                new = name[: len(name) - len(suffix)].rstrip(".")
-                placed = {module: _replace_prefix(module, old, new) + ".weight" for module in modules}
-                if all(tensor in names for tensor in placed.values()) and len(set(placed.values())) == len(placed):
+                new = tensor[: len(tensor) - len(suffix)].rstrip(".")
+                placed = {name: _replace_prefix(name, old, new) for name in wanted}
+                if all(name in tensors for name in placed.values()) and len(set(placed.values())) == len(placed):
                     solutions.add(tuple(sorted(placed.items())))
         return dict(solutions.pop()) if len(solutions) == 1 else {}
 
 
-def _replace_prefix(module: str, old: str, new: str) -> str:
-    if old and module != old and not module.startswith(f"{old}."):
-        return f"\0{module}"  # no tensor has this name: the substitution does not apply to this module
-    rest = module[len(old) :].lstrip(".")
+def _replace_prefix(name: str, old: str, new: str) -> str:
+    if old and not name.startswith(f"{old}."):
+        return f"\0{name}"  # no tensor has this name: the substitution does not apply
+    rest = name[len(old) :].lstrip(".")
     return ".".join(part for part in (new, rest) if part)

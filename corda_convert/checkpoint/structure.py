@@ -14,12 +14,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from corda_convert.checkpoint.layout import DiskLayout, whole
+
 LayerKind = Literal["linear", "conv1d", "embedding", "other"]
 """`linear` stores its weight as (d_out, d_in), `conv1d` (transformers' `Conv1D`) as (d_in, d_out)."""
 
 
 CLASSIFIER_HEADS = ("score", "classifier", "qa_outputs")
 """Heads of transformers' classification models, which PEFT trains whole and leaves out of "all-linear", too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter at run time."""
+
+    shape: tuple[int, ...]
+    kind: LayerKind
+    is_transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +54,12 @@ class ModelStructure:
     output_embedding: str | None
     ties: dict[str, str] = field(default_factory=dict)
     base_prefix: str = ""
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+    layouts: dict[str, DiskLayout] = field(default_factory=dict)
+    unsupported: dict[str, str] = field(default_factory=dict)
+
+    def rename(self, name: str) -> str:
+        return name
 
     def linear_modules(self) -> tuple[str, ...]:
         """Every Linear and Conv1D whose weight lies on disk as it is, but the model's head, in module order."""
@@ -101,6 +118,7 @@ def _describe(model: Any, disk_names: Iterable[str]) -> ModelStructure:
 
     layers = {name: kind_of(module) for name, module in model.named_modules() if "weight" in dict(_direct(module))}
     head = model.get_output_embeddings()
+    known = model.state_dict()
     run_time_names, converted = _map_names(model, disk_names)
     return ModelStructure(
         class_name=type(model).__name__,
@@ -110,6 +128,11 @@ def _describe(model: Any, disk_names: Iterable[str]) -> ModelStructure:
         output_embedding=next((name for name, module in model.named_modules() if module is head), None),
         ties={str(name): str(target) for name, target in (getattr(model, "all_tied_weights_keys", None) or {}).items()},
         base_prefix=str(model.base_model_prefix or ""),
+        parameters={
+            name: Parameter(tuple(p.shape), layers.get(name.rpartition(".")[0], "other"))
+            for name, p in model.named_parameters()
+        },
+        layouts={disk: whole(name, disk_names[disk].shape) for disk, name in run_time_names.items()},
     )
 
 

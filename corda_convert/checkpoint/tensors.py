@@ -69,10 +69,17 @@ class TensorFile(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """One tensor in one file."""
+    """One tensor in one file, or a contiguous part of it.
+
+    Attributes:
+        file: what reads the bytes.
+        spec: the tensor's name in the file, its dtype, and the shape of the part.
+        begin: where the part begins, in bytes from the tensor's first.
+    """
 
     file: TensorFile
     spec: TensorSpec
+    begin: int = 0
 
     @property
     def name(self) -> str:
@@ -81,6 +88,15 @@ class TensorRef:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.spec.shape
+
+    def rows(self, begin: int, end: int) -> TensorRef:
+        """The part from row `begin` up to row `end`."""
+        spec = TensorSpec(self.spec.name, self.spec.dtype, (end - begin, *self.shape[1:]))
+        return TensorRef(self.file, spec, self.begin + begin * self.spec.row_nbytes)
+
+    def reshaped(self, shape: tuple[int, ...]) -> TensorRef:
+        """The same bytes seen in another shape of as many elements."""
+        return TensorRef(self.file, TensorSpec(self.spec.name, self.spec.dtype, shape), self.begin)
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -121,5 +137,5 @@ def _read(ref: TensorRef, shape: tuple[int, ...], begin: int, nbytes: int) -> to
     buffer = bytearray(nbytes)
     if not buffer:
         return torch.empty(shape, dtype=torch_dtype(ref.spec.dtype))
-    ref.file.read_into(ref.name, begin, memoryview(buffer))
+    ref.file.read_into(ref.name, ref.begin + begin, memoryview(buffer))
     return torch.frombuffer(buffer, dtype=torch_dtype(ref.spec.dtype)).reshape(shape)

@@ -28,7 +28,7 @@ from corda_convert.operations.decomposition import DecomposeTransform, Method, M
 from corda_convert.operations.evidence import initial_adapter_of
 from corda_convert.operations.model_side import model_side_files, transformers_card, with_snippet
 from corda_convert.operations.options import Outcome, RunOptions
-from corda_convert.operations.production import Input, Production, checkpoint_files, produce
+from corda_convert.operations.production import Input, Production, checkpoint_files, output_dtype, produce
 from corda_convert.output.side_files import json_file, override
 from corda_convert.plan.model import Copied, OutputFileSpec, Produced
 
@@ -92,7 +92,7 @@ def decompose(
     targets = choose_targets(names, options, matrices)
     transforms = {target.weight.name: _transform(target, options) for target in targets}
     files = (
-        *checkpoint_files(checkpoint, transforms, run.output_dtype),
+        *checkpoint_files(checkpoint, _residual(checkpoint, transforms, run.output_dtype), run.output_dtype),
         _adapter_file(checkpoint, transforms),
     )
     config = adapter_config(names, targets, options, run.push_to or str(output))
@@ -139,6 +139,17 @@ from transformers import AutoModelForCausalLM
 
 residual = AutoModelForCausalLM.from_pretrained("{repo}")
 model = PeftModel.from_pretrained(residual, "{repo}", subfolder="corda_init", is_trainable=True)"""
+
+
+def _residual(
+    checkpoint: Checkpoint, transforms: Mapping[str, DecomposeTransform], dtype: str | None
+) -> dict[str, tuple[Produced, ...]]:
+    """Each weight's residual in its place."""
+    specs = {name: checkpoint.spec(name) for name in transforms}
+    return {
+        name: (Produced(spec.with_dtype(output_dtype(spec.dtype, dtype)), transforms[name]),)
+        for name, spec in specs.items()
+    }
 
 
 def _check_options(options: DecomposeOptions, checkpoint: Checkpoint, covariances: Path | str | None) -> None:

@@ -148,9 +148,11 @@ def _check_on_residual(adapter: Adapter, model: Checkpoint, folder: Path) -> Non
             why="It was trained on the base model.",
             next_step="Merge it into the base model.",
         )
-    shapes = {factors.module_name: factors.operands()["lora_A"].shape for factors in initial.modules}
+    ranks = {factors.module_name: factors.rank for factors in initial.modules if isinstance(factors, LoraFactors)}
     for factors in adapter.modules:
-        rank, initial_rank = factors.operands()["lora_A"].shape[0], shapes[factors.module_name][0]
+        if not isinstance(factors, LoraFactors):
+            continue
+        rank, initial_rank = factors.rank, ranks.get(factors.module_name)
         if rank != initial_rank:
             raise AdapterMismatch(
                 f"{model.name} is a residual, and {adapter.source.name} was not trained beside it: at "
@@ -181,6 +183,8 @@ def _local_folder(name: str) -> Path | None:
 def _shares(adapter: Adapter, weights: dict[str, tuple[TensorRef, Layout]]) -> list[float]:
     shares = []
     for factors in sample([factors for factors in adapter.modules if isinstance(factors, LoraFactors)]):
+        if factors.module_name not in weights:
+            continue  # it lies on disk in another form
         weight, layout = weights[factors.module_name]
         if weight.spec.dtype in COMPUTABLE_DTYPES:
             A, B = read_tensor(factors.lora_A), read_tensor(factors.lora_B)

@@ -6,7 +6,7 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from corda_convert.output.digests import file_sha256
 from corda_convert.output.model_card import Card, render_card
 from corda_convert.output.receipt import RECEIPT_FORMAT, RECEIPT_FORMAT_VERSION, tool, write_receipt
 from corda_convert.output.side_files import SideFile, json_file
-from corda_convert.plan.model import ComputeJob, Copied, Facts, OutputFileSpec, Plan, Produced, Transform
+from corda_convert.plan.model import ComputeJob, Copied, Facts, OutputFileSpec, Plan, Produced
 from corda_convert.plan.packing import pack
 
 if TYPE_CHECKING:
@@ -75,16 +75,16 @@ class Production:
 
 
 def checkpoint_files(
-    checkpoint: Checkpoint, touched: Mapping[str, Transform], dtype: str | None
+    checkpoint: Checkpoint, touched: Mapping[str, Sequence[Produced]], dtype: str | None
 ) -> tuple[OutputFileSpec, ...]:
-    """The checkpoint's own shards again: touched tensors from their transforms, the others copied or cast."""
+    """The checkpoint's own shards again: for a touched tensor what takes its place, the others copied or cast."""
     files = []
     for shard in checkpoint.shards:
         tensors: list[Produced | Copied] = []
         for name, spec in shard.specs.items():
             target = output_dtype(spec.dtype, dtype)
             if name in touched:
-                tensors.append(Produced(spec.with_dtype(target), touched[name]))
+                tensors += touched[name]
             elif target != spec.dtype:
                 tensors.append(Produced(spec.with_dtype(target), CastTransform(checkpoint.tensors[name], target)))
             else:

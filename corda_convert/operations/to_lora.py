@@ -116,7 +116,7 @@ def _exact_dtype(factors: LoraFactors, *, is_baked: bool) -> str:
 
     A baked-in scaling is not exact in 16 bits.
     """
-    dtypes = {ref.spec.dtype for ref in factors.operands().values()} | ({"F32"} if is_baked else set())
+    dtypes = {ref.spec.dtype for ref in factors.tensors().values()} | ({"F32"} if is_baked else set())
     if "F64" in dtypes:
         return "F64"
     return dtypes.pop() if len(dtypes) == 1 else "F32"
@@ -127,7 +127,8 @@ def _warnings(pairs: Adapter, options: ToLoraOptions, run: RunOptions) -> tuple[
     if not options.base:
         warnings.append("The new adapter names no base model. Give its name with --base, for tools that look it up.")
     wanted = run.output_dtype
-    wide = {ref.spec.dtype for factors in pairs.modules for ref in factors.operands().values()} & {"F32", "F64"}
+    factors = [factors for factors in pairs.modules if isinstance(factors, LoraFactors)]
+    wide = {ref.spec.dtype for each in factors for ref in each.tensors().values()} & {"F32", "F64"}
     if wanted in ("BF16", "F16") and wide:
         warnings.append(
             f"The factors are rounded to {run.dtype}. B·A and B₀·A₀ nearly cancel, so their difference, all that was "

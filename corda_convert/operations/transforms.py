@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 from math import fsum, isfinite, lcm, prod, sqrt
 from typing import TYPE_CHECKING, Literal
 
-from corda_convert.adapters.factors import Layout, ModuleFactors, RowFold
-from corda_convert.checkpoint.tensors import DTYPE_BITS, TensorRef, TensorSpec, torch_dtype
+from corda_convert.adapters.factors import Block, ParameterChange, RowFold
+from corda_convert.checkpoint.tensors import DTYPE_BITS, TensorRef, TensorSpec, read_rows, torch_dtype
 from corda_convert.errors import CordaConvertError, NotFinite
 from corda_convert.plan.model import Facts, Session
+from corda_convert.plan.packing import row_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -25,45 +28,104 @@ def _bytes(elements: int, dtype: str = "F32") -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class PlacedChange:
+    """A change of a parameter, or of one block of it, in the rows of a stored tensor that hold that block.
+
+    Attributes:
+        change: what the adapter does.
+        block: which part of the parameter's matrix the rows hold.
+        row: the first of those rows in the stored matrix.
+        rows: how many they are.
+        scale: the change is taken so many times.
+    """
+
+    change: ParameterChange
+    block: Block
+    row: int
+    rows: int
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class FoldTransform:
-    """Adds one module's adapter to its weight, block of rows by block of rows, and rounds once."""
+    """Folds changes into one stored tensor, in their order, block of rows by block of rows, and rounds once.
+
+    Attributes:
+        weight: the stored tensor, seen as a matrix.
+        changes: what is folded.
+        dtype: the output's.
+        rounding: see `Rounding`.
+    """
 
     weight: TensorRef
-    factors: ModuleFactors
-    layout: Layout
+    changes: tuple[PlacedChange, ...]
     dtype: str
     rounding: Rounding = "nearest"
 
     action = "folded"
 
-    @property
-    def whole(self) -> Mapping[str, TensorRef]:
-        streams = self.factors.streams(self.layout)
-        return {name: ref for name, ref in self.factors.operands().items() if name not in streams}
+    @cached_property
+    def operands(self) -> tuple[Mapping[str, str], ...]:
+        """For each change its operands' names here; tensors that several changes share have one name."""
+        return tuple(
+            {name: _operand_name(ref) for name, ref in placed.change.operands(placed.block).items()}
+            for placed in self.changes
+        )
 
-    @property
+    @cached_property
+    def refs(self) -> Mapping[str, TensorRef]:
+        """Every operand but the weight, by its name here."""
+        return {
+            _operand_name(ref): ref for placed in self.changes for ref in placed.change.operands(placed.block).values()
+        }
+
+    @cached_property
+    def _streamed_names(self) -> frozenset[str]:
+        """Operands that are read with the rows: those of changes that go through all of them."""
+        streamed: set[str] = set()
+        whole: set[str] = set()
+        for placed, names in zip(self.changes, self.operands, strict=True):
+            covers = (placed.row, placed.rows) == (0, self.weight.shape[0])
+            streams = placed.change.streams(placed.block) if covers else frozenset()
+            for name, own in names.items():
+                (streamed if name in streams else whole).add(own)
+        return frozenset(streamed - whole)
+
+    @cached_property
+    def whole(self) -> Mapping[str, TensorRef]:
+        return {name: ref for name, ref in self.refs.items() if name not in self._streamed_names}
+
+    @cached_property
     def streamed(self) -> Mapping[str, TensorRef]:
-        streams = self.factors.streams(self.layout)
-        operands = self.factors.operands()
-        return {"weight": self.weight, **{name: operands[name] for name in operands if name in streams}}
+        return {"weight": self.weight, **{name: self.refs[name] for name in self.refs if name in self._streamed_names}}
 
     @property
     def row_quantum(self) -> int:
-        return self.factors.row_quantum()
+        return lcm(*(placed.change.row_quantum(placed.block) for placed in self.changes))
 
     @property
     def compute_dtype(self) -> str:
         return "F64" if "F64" in (self.weight.spec.dtype, self.dtype) else "F32"
 
+    @property
+    def is_sum(self) -> bool:
+        """Whether several changes may fall on one row, so that their norms do not add up."""
+        ranges = sorted((placed.row, placed.row + placed.rows) for placed in self.changes)
+        return any(begin < end for (_, end), (begin, _) in pairwise(ranges))
+
     def workspace_bytes(self, rows: int) -> int:
-        """Four copies of the rows, and the operands twice: as prepared, and on their way there."""
-        block = rows * prod(self.weight.shape[1:])
+        """Four or five copies of the rows, and the operands twice: as prepared, and on their way there."""
+        block = rows * self.weight.shape[1]
         operands = sum(ref.spec.elements for ref in self.whole.values())
         streamed = sum(rows * prod(ref.shape[1:]) for name, ref in self.streamed.items() if name != "weight")
-        return _bytes(4 * block + 2 * operands + 2 * streamed, self.compute_dtype)
+        return _bytes((5 if self.is_sum else 4) * block + 2 * operands + 2 * streamed, self.compute_dtype)
 
     def begin(self, device: torch.device) -> Session:
         return _FoldSession(self, device)
+
+
+def _operand_name(ref: TensorRef) -> str:
+    return f"{ref.file.path}:{ref.name}@{ref.begin}{ref.shape}"
 
 
 PASS_ELEMENTS = 1 << 18
@@ -74,7 +136,7 @@ PASS_ELEMENTS = 1 << 18
 class _FoldSession:
     transform: FoldTransform
     device: torch.device
-    fold: RowFold | None = None
+    folds: list[RowFold] = field(default_factory=list)
     squares: list[tuple[float, float, float]] = field(default_factory=list)
 
     def prepare(self, operands: Mapping[str, Tensor]) -> None:
@@ -82,7 +144,24 @@ class _FoldSession:
             self._check_finite(name, tensor)
         dtype = torch_dtype(self.transform.compute_dtype)
         on_device = {name: tensor.to(self.device, dtype, copy=True) for name, tensor in operands.items()}
-        self.fold = self.transform.factors.begin(self.transform.layout, on_device, dtype)
+        for placed, names in zip(self.transform.changes, self.transform.operands, strict=True):
+            whole = {name: on_device[own] for name, own in names.items() if own in on_device}
+            fold = placed.change.begin(placed.block, whole, dtype, placed.scale)
+            if fold.needs_sweep:
+                self._sweep(fold, placed)
+            self.folds.append(fold)
+
+    def _sweep(self, fold: RowFold, swept: PlacedChange) -> None:
+        """Shows a fold all of its rows as the changes before it leave them, a block at a time."""
+        place = len(self.folds)
+        for begin, end in row_blocks((swept.rows, self.transform.weight.shape[1]), self.transform.row_quantum):
+            first, stop = swept.row + begin, swept.row + end
+            inputs = {name: read_rows(ref, first, stop) for name, ref in self.transform.streamed.items()}
+            streamed = self._on_device({name: tensor for name, tensor in inputs.items() if name != "weight"})
+            rows = self._on_device({"weight": inputs["weight"]})["weight"]
+            for earlier in range(place):
+                self._fold(earlier, rows, first, streamed)
+            fold.sweep(rows, begin, self._operands_of(place, streamed))
 
     def step(self, first_row: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         (output,) = outputs.values()
@@ -103,7 +182,7 @@ class _FoldSession:
 
         dtype = torch_dtype(self.transform.compute_dtype)
         stored = inputs["weight"]
-        streamed = {name: tensor.to(self.device, dtype) for name, tensor in inputs.items() if name != "weight"}
+        streamed = self._on_device({name: tensor for name, tensor in inputs.items() if name != "weight"})
         rows = stored.to(self.device, dtype, copy=True)
         weight_square = _square(rows)
         rows, delta_square = self._folded(rows, first_row, streamed)
@@ -120,16 +199,52 @@ class _FoldSession:
             raise _overflow(self.transform.weight.name, self.transform.dtype)
         self.squares.append((weight_square, delta_square, rounding_square))
 
+    def _on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        dtype = torch_dtype(self.transform.compute_dtype)
+        return {name: tensor.to(self.device, dtype) for name, tensor in tensors.items()}
+
+    def _operands_of(self, place: int, streamed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: streamed[own] for name, own in self.transform.operands[place].items() if own in streamed}
+
     def _folded(self, rows: Tensor, first_row: int, streamed: Mapping[str, Tensor]) -> tuple[Tensor, float]:
+        """The rows with every change, and the squared norm of what changed."""
+        before = rows.clone() if self.transform.is_sum else None
+        square = 0.0
+        for place in range(len(self.transform.changes)):
+            square += self._fold(place, rows, first_row, streamed)
+        if before is not None:
+            square = _square(before.sub_(rows))
+        return rows, square
+
+    def _fold(self, place: int, rows: Tensor, first_row: int, streamed: Mapping[str, Tensor]) -> float:
+        """Folds one change into those of the rows that it is for, in place."""
+        placed = self.transform.changes[place]
+        begin = max(placed.row - first_row, 0)
+        end = min(placed.row + placed.rows - first_row, rows.shape[0])
+        if begin >= end:
+            return 0.0
+        own, first = rows[begin:end], first_row + begin - placed.row
+        operands = self._operands_of(place, streamed)
+        if self.transform.rounding == "nearest":
+            return self.folds[place].fold(own, first, operands)
+        return self._fold_as_peft(self.folds[place], own, first, operands, rounds_delta=placed.change.rounds_delta)
+
+    def _fold_as_peft(
+        self, fold: RowFold, rows: Tensor, first: int, operands: Mapping[str, Tensor], *, rounds_delta: bool
+    ) -> float:
+        """Rounds to the stored dtype after each change, and where PEFT does so the change itself before."""
         import torch
 
-        assert self.fold is not None  # noqa: S101 - set by `prepare`
-        if self.transform.rounding == "nearest" or not self.transform.factors.is_embedding:
-            return rows, self.fold.fold(rows, first_row, streamed)
-        change = torch.zeros_like(rows)
-        square = self.fold.fold(change, first_row, streamed)
         stored = torch_dtype(self.transform.weight.spec.dtype)
-        return (rows.to(stored) + change.to(stored)).to(rows.dtype), square
+        if not rounds_delta:
+            square = fold.fold(rows, first, operands)
+        else:
+            change = torch.zeros_like(rows)
+            square = fold.fold(change, first, operands)
+            rows.copy_(rows.to(stored) + change.to(stored))
+        if len(self.transform.changes) > 1:
+            rows.copy_(rows.to(stored))
+        return square
 
     def _check_finite(self, name: str, tensor: Tensor) -> None:
         import torch
@@ -140,10 +255,9 @@ class _FoldSession:
     def _culprit(self, inputs: Mapping[str, Tensor]) -> CordaConvertError:
         import torch
 
-        operands = self.transform.factors.operands()
         for name, tensor in inputs.items():
             if not bool(torch.isfinite(tensor).all()):
-                ref = self.transform.weight if name == "weight" else operands[name]
+                ref = self.transform.weight if name == "weight" else self.transform.refs[name]
                 return NotFinite(
                     f"{ref.name} in {ref.file.path} holds NaN or Inf.",
                     why="The training diverged, or the file is damaged."
@@ -162,12 +276,22 @@ class _FoldSession:
             sqrt(fsum(parts)) for parts in zip(*(self.squares or [(0.0, 0.0, 0.0)]), strict=True)
         )
         return {
-            **self.transform.factors.describe(),
-            "module": self.transform.factors.module_name,
+            "changes": _described(self.transform.changes),
             "weight_norm": weight,
             "delta_norm": delta,
             "rounding_norm": rounding,
         }
+
+
+def _described(changes: Sequence[PlacedChange]) -> list[Facts]:
+    """Each change once, however many blocks of the tensor it falls on."""
+    described: dict[tuple[int, float], Facts] = {}
+    for placed in changes:
+        facts = {"module": placed.change.module_name, **placed.change.describe()}
+        if placed.scale != 1.0:
+            facts["scale"] = placed.scale
+        described.setdefault((id(placed.change), placed.scale), facts)
+    return list(described.values())
 
 
 def _square(tensor: Tensor) -> float:

@@ -55,7 +55,10 @@ class Transform(Protocol):
 
     @property
     def streamed(self) -> Mapping[str, TensorRef]:
-        """Operands read by the same blocks of rows as the one output; none for a job done in one step."""
+        """Operands read by the same blocks of rows; none for a job done in one step.
+
+        The first has as many elements as the one output, and tells how that is cut into rows.
+        """
         ...
 
     @property

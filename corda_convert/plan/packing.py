@@ -145,11 +145,12 @@ def _compute_job(
         writes = tuple(_write(file_name, spec, places, 0, _rows(spec)) for file_name, spec in outputs)
         return ComputeJob(name, transform, (Chunk(0, (), whole, writes),), transform.workspace_bytes(0))
     ((file_name, spec),) = outputs
-    blocks = row_blocks(spec.shape, transform.row_quantum)
+    shape = next(iter(transform.streamed.values())).shape  # the output's bytes, by the rows of the first operand
+    blocks = row_blocks(shape, transform.row_quantum)
     chunks = []
     for index, (begin, end) in enumerate(blocks):
         reads = tuple(_read(operand, ref, begin, end) for operand, ref in transform.streamed.items())
-        writes = (_write(file_name, spec, places, begin, end),)
+        writes = (_write(file_name, TensorSpec(spec.name, spec.dtype, shape), places, begin, end),)
         chunks.append(Chunk(begin, whole if index == 0 else (), reads, writes))
     rows = max((end - begin for begin, end in blocks), default=0)
     return ComputeJob(name, transform, tuple(chunks), transform.workspace_bytes(rows))
@@ -178,7 +179,7 @@ def _read(operand: str, ref: TensorRef, begin: int, end: int) -> Read:
     spec = ref.spec
     row = spec.row_nbytes
     shape = (end - begin, *spec.shape[1:]) if spec.shape else ()
-    return Read(operand, ref.file, ref.name, spec.dtype, shape, begin * row, (end - begin) * row)
+    return Read(operand, ref.file, ref.name, spec.dtype, shape, ref.begin + begin * row, (end - begin) * row)
 
 
 def _write(file_name: str, spec: TensorSpec, places: dict[tuple[str, str], int], begin: int, end: int) -> Write:
