@@ -572,15 +572,6 @@ def test_an_adapter_given_as_the_model_is_refused(refusal: Refusal, lora: Path) 
     )
 
 
-def test_a_folder_with_pickled_weights_only_is_refused(refusal: Refusal, model: Path, lora: Path) -> None:
-    (model / "model.safetensors").unlink()
-    torch.save(llama_tensors(), model / "pytorch_model.bin")
-    assert refusal("merge", model, "--adapter", lora) == (
-        f"{model} holds pickled weights (pytorch_model*.bin) and no safetensors; this version reads safetensors.\n"
-        "Load the model once with transformers and save it again: save_pretrained writes safetensors."
-    )
-
-
 def test_shards_without_their_index_are_refused(refusal: Refusal, lora: Path, tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "model", shards=2)
     (model / "model.safetensors.index.json").unlink()
@@ -595,7 +586,7 @@ def test_shards_without_their_index_are_refused(refusal: Refusal, lora: Path, tm
 def test_a_folder_without_weights_is_refused(refusal: Refusal, model: Path, lora: Path) -> None:
     (model / "model.safetensors").unlink()
     message = refusal("merge", model, "--adapter", lora)
-    assert message == f"{model} holds no safetensors weights.\nGive a model's folder."
+    assert message == f"{model} holds no weights: no safetensors, and no pytorch_model.bin.\nGive a model's folder."
 
 
 def test_an_adapter_without_a_config_is_refused(refusal: Refusal, model: Path, lora: Path) -> None:

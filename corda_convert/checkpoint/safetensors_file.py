@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from corda_convert.checkpoint.byte_file import ByteFile, Extent
 from corda_convert.checkpoint.tensors import DTYPE_BITS, TensorSpec
 from corda_convert.errors import InputNotFound, MalformedFile
 
@@ -20,14 +21,6 @@ MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself."""
 
 _FETCH_AGAIN = "Get the file again from where it came, and compare its size."
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """Where a tensor's bytes lie in the file: absolute offset and length."""
-
-    begin: int
-    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +131,12 @@ def _check_entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, int,
     return spec, begin, end
 
 
-class SafetensorsFile:
-    """A safetensors file, opened on first use. Implements `TensorFile`."""
+class SafetensorsFile(ByteFile):
+    """A safetensors file, opened on first use. Implements `ExtentFile`."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        super().__init__(path)
         self.header = read_header(path)
-        self._descriptor: int | None = None
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -154,11 +146,8 @@ class SafetensorsFile:
     def metadata(self) -> dict[str, str]:
         return self.header.metadata
 
-    @property
-    def descriptor(self) -> int:
-        if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_RDONLY)
-        return self._descriptor
+    def extent(self, name: str) -> Extent:
+        return self.header.extents[name]
 
     def read_into(self, name: str, begin: int, view: memoryview) -> None:
         extent = self.header.extents[name]
@@ -166,31 +155,8 @@ class SafetensorsFile:
             raise ValueError(f"{name}: {begin} + {len(view)} is past its {extent.nbytes} bytes")
         self.read_bytes_into(extent.begin + begin, view)
 
-    def read_bytes_into(self, offset: int, view: memoryview) -> None:
-        """Fills `view` with the file's bytes from the absolute `offset` on."""
-        done = 0
-        while done < len(view):
-            try:
-                count = os.preadv(self.descriptor, [view[done:]], offset + done)
-            except OSError as error:
-                raise MalformedFile(
-                    f"{self.path} cannot be read at byte {offset + done:,}: {error.strerror}."
-                ) from None
-            if count == 0:
-                raise MalformedFile(
-                    f"{self.path} ended at byte {offset + done:,} while it was read.",
-                    why="Another program changed it since its header was read.",
-                    next_step="Run the same command again once the file is whole.",
-                )
-            done += count
-
     def header_sha256(self) -> str:
         """The digest of the header alone: it identifies names, dtypes and shapes, not values."""
         header = bytearray(self.header.data_begin)
         self.read_bytes_into(0, memoryview(header))
         return hashlib.sha256(header).hexdigest()
-
-    def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corda_convert import engine, hub
-from corda_convert.checkpoint.folder import INDEX_FILE, Checkpoint
+from corda_convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
+from corda_convert.checkpoint.pickle_file import PickleFile
 from corda_convert.checkpoint.safetensors_file import SafetensorsFile
 from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorFile
 from corda_convert.operations.options import Outcome, RunOptions, resolve_device
 from corda_convert.operations.transforms import CastTransform
+from corda_convert.operations.verbatim import VerbatimTransform
 from corda_convert.output import staging
 from corda_convert.output.digests import file_sha256
 from corda_convert.output.model_card import Card, render_card
@@ -79,19 +81,36 @@ def checkpoint_files(
 ) -> tuple[OutputFileSpec, ...]:
     """The checkpoint's own shards again: for a touched tensor what takes its place, the others copied or cast."""
     files = []
-    for shard in checkpoint.shards:
+    for shard, file_name in zip(checkpoint.shards, _shard_names(checkpoint), strict=True):
         tensors: list[Produced | Copied] = []
         for name, spec in shard.specs.items():
+            if name in checkpoint.aliases:
+                continue
             target = output_dtype(spec.dtype, dtype)
             if name in touched:
                 tensors += touched[name]
             elif target != spec.dtype:
                 tensors.append(Produced(spec.with_dtype(target), CastTransform(checkpoint.tensors[name], target)))
+            elif shard.extent(name) is None:
+                tensors.append(Produced(spec, VerbatimTransform(checkpoint.tensors[name])))
             else:
                 tensors.append(Copied(spec, shard, name))
-        name = shard.path.name if checkpoint.is_folder else "model.safetensors"
-        files.append(OutputFileSpec(name, tuple(tensors), shard.metadata))
+        metadata = {"format": "pt"} if isinstance(shard, PickleFile) else shard.metadata
+        files.append(OutputFileSpec(file_name, tuple(tensors), metadata))
     return tuple(files)
+
+
+def _shard_names(checkpoint: Checkpoint) -> list[str]:
+    """The output's file names: the shards' own, and for pickled ones those that `save_pretrained` would give."""
+    if not checkpoint.is_folder:
+        return [SINGLE_FILE]
+    if not checkpoint.is_pickled:
+        return [shard.path.name for shard in checkpoint.shards]
+    stems = [shard.path.stem for shard in checkpoint.shards]
+    renamed = [
+        f"model{stem.removeprefix('pytorch_model')}" if stem.startswith("pytorch_model") else stem for stem in stems
+    ]
+    return [f"{stem}.safetensors" for stem in (renamed if len(set(renamed)) == len(stems) else stems)]
 
 
 def output_dtype(stored: str, wanted: str | None) -> str:
@@ -242,11 +261,13 @@ def _inputs(production: Production, digests: Mapping[Path, str]) -> list[dict[st
         files = []
         for file in source.files:
             digest = digests.get(file.path)
-            if digest is None and source.digest_always:
+            if digest is None and (source.digest_always or isinstance(file, PickleFile)):
                 digest = file_sha256(file.path)
             entry: dict[str, Any] = {"name": file.path.name, "bytes": file.path.stat().st_size, "sha256": digest}
             if isinstance(file, SafetensorsFile):
                 entry["header_sha256"] = file.header_sha256()
+            if isinstance(file, PickleFile) and file.aliases:
+                entry["shared"] = file.aliases
             files.append(entry)
             file.close()
         entries.append({"role": source.role, "name": source.path.resolve().name, "files": files})

@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from corda_convert.checkpoint.folder import INDEX_FILE, INITIAL_ADAPTER_FOLDER, RECEIPT_FILE, Checkpoint
+from corda_convert.checkpoint.folder import (
+    INDEX_FILE,
+    INITIAL_ADAPTER_FOLDER,
+    PICKLED_INDEX_FILE,
+    RECEIPT_FILE,
+    Checkpoint,
+)
 
 _OTHER_WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|onnx_data|tflite|ot)$|.*\.(safetensors|bin|h5)\.index\.json$"
@@ -61,7 +67,8 @@ def collect_side_files(checkpoint: Checkpoint) -> SideFiles:
     """
     if not checkpoint.is_folder:
         return SideFiles((), ())
-    weights = {shard.path.name for shard in checkpoint.shards} | {INDEX_FILE, RECEIPT_FILE}
+    index = PICKLED_INDEX_FILE if checkpoint.is_pickled and checkpoint.index_metadata is not None else INDEX_FILE
+    weights = {shard.path.name for shard in checkpoint.shards} | {index, RECEIPT_FILE}
     carried: list[SideFile] = []
     left: list[str] = []
     for path in sorted(_walk(checkpoint.root)):

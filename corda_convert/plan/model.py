@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from corda_convert.checkpoint.safetensors_file import SafetensorsFile
+    from corda_convert.checkpoint.byte_file import ExtentFile
     from corda_convert.checkpoint.tensors import TensorFile, TensorRef, TensorSpec
 
 Facts = dict[str, Any]
@@ -83,10 +83,10 @@ class Produced:
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """A tensor whose bytes go through untouched."""
+    """A tensor whose bytes go through untouched; the source has them in one piece."""
 
     spec: TensorSpec
-    source: SafetensorsFile
+    source: ExtentFile
     source_name: str
 
 
@@ -161,7 +161,7 @@ class CopyJob:
     """A run of bytes that the kernel copies: adjacent untouched tensors of one source file."""
 
     names: tuple[str, ...]
-    source: SafetensorsFile
+    source: ExtentFile
     source_offset: int
     file_name: str
     offset: int

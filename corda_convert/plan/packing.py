@@ -129,7 +129,8 @@ def _jobs(files: Sequence[OutputFileSpec], places: dict[tuple[str, str], int]) -
 
 
 def _extend(run: CopyJob | None, tensor: Copied, file_name: str, offset: int) -> tuple[CopyJob, CopyJob | None]:
-    extent = tensor.source.header.extents[tensor.source_name]
+    extent = tensor.source.extent(tensor.source_name)
+    assert extent is not None  # noqa: S101 - `Copied` is for tensors in one piece
     if run is not None and run.source is tensor.source and run.source_offset + run.nbytes == extent.begin:
         names = (*run.names, tensor.spec.name)
         return CopyJob(names, run.source, run.source_offset, file_name, run.offset, run.nbytes + extent.nbytes), None

@@ -1,0 +1,71 @@
+"""A file whose bytes are read in place, in any order, into the caller's buffer."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from corda_convert.checkpoint.tensors import TensorFile
+from corda_convert.errors import MalformedFile
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Where a tensor's bytes lie in the file: absolute offset and length."""
+
+    begin: int
+    nbytes: int
+
+
+class ExtentFile(TensorFile, Protocol):
+    """A file that holds tensors row-major in one piece, so that the kernel can copy them."""
+
+    @property
+    def descriptor(self) -> int: ...
+
+    def extent(self, name: str) -> Extent | None:
+        """Where the tensor's bytes lie; None for one that is not in one piece."""
+        ...
+
+    def read_bytes_into(self, offset: int, view: memoryview) -> None:
+        """Fills `view` with the file's bytes from the absolute `offset` on."""
+        ...
+
+
+class ByteFile:
+    """A file that is opened on first use and read with `pread`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+
+    @property
+    def descriptor(self) -> int:
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+        return self._descriptor
+
+    def read_bytes_into(self, offset: int, view: memoryview) -> None:
+        """Fills `view` with the file's bytes from the absolute `offset` on."""
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(self.descriptor, [view[done:]], offset + done)
+            except OSError as error:
+                raise MalformedFile(
+                    f"{self.path} cannot be read at byte {offset + done:,}: {error.strerror}."
+                ) from None
+            if count == 0:
+                raise MalformedFile(
+                    f"{self.path} ended at byte {offset + done:,} while it was read.",
+                    why="Another program changed it since its header was read.",
+                    next_step="Run the same command again once the file is whole.",
+                )
+            done += count
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
