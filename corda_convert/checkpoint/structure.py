@@ -1,7 +1,8 @@
-"""What the model's own class says of a checkpoint: module types, run-time names, ties.
+"""What the model's own class says of a checkpoint: parameters, module types, names at run time and on disk, ties.
 
 Built on the meta device from `config.json` alone: no weight is read, no remote code runs. Since transformers 5 the
-names at run time (which adapters carry) can differ from those on disk; the class's own conversion mapping tells.
+names at run time (which adapters carry) can differ from those on disk, and tensors are stacked, joined or transposed on
+loading; the class's own conversion mapping tells.
 """
 
 from __future__ import annotations
@@ -9,28 +10,67 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+from corda_convert.checkpoint.conversions import NotFollowed, follow, stack_layout
 from corda_convert.checkpoint.layout import DiskLayout, whole
+from corda_convert.checkpoint.naming import Naming
 
-LayerKind = Literal["linear", "conv1d", "embedding", "other"]
-"""`linear` stores its weight as (d_out, d_in), `conv1d` (transformers' `Conv1D`) as (d_in, d_out)."""
+LayerKind = Literal["linear", "conv1d", "embedding", "conv", "attention", "parameter", "other"]
+"""The type of the module that owns a parameter.
 
+`linear` stores its weight as (d_out, d_in), `conv1d` (transformers' `Conv1D`) as (d_in, d_out), `conv` (torch's Conv1d,
+Conv2d, Conv3d) as (d_out, d_in / groups, *kernel); `attention` is torch's `MultiheadAttention`, which owns
+`in_proj_weight` (its `out_proj` is a Linear). In all other modules a matrix or a stack of matrices (fused experts, routers)
+is a `parameter`, the rest (norms, buffers) is `other`.
+"""
 
 CLASSIFIER_HEADS = ("score", "classifier", "qa_outputs")
 """Heads of transformers' classification models, which PEFT trains whole and leaves out of "all-linear", too."""
 
+AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModel",
+    "AutoModelForImageTextToText",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSpeechSeq2Seq",
+    "AutoModelForMaskedLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+)
+"""The transformers classes under which an adapter may have been trained, besides the one that the config names."""
+
+
+class Shaped(Protocol):
+    """What is needed to know of a tensor on disk."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter at run time."""
+    """A parameter, or a buffer that checkpoints hold, at run time.
+
+    Attributes:
+        shape: its shape in the model.
+        kind: the type of its module.
+        is_transposed: whether its module says that it stores its stack of matrices as (experts, d_in, d_out).
+    """
 
     shape: tuple[int, ...]
     kind: LayerKind
     is_transposed: bool = False
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it holds one matrix for each expert: (E, d1, d2)."""
+        return self.kind == "parameter" and len(self.shape) == 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +85,10 @@ class ModelStructure:
         output_embedding: module path of the language-model head, where there is one.
         ties: run-time parameter name → the parameter that it is tied to.
         base_prefix: the attribute under which the headless model stands (`model`, `transformer`).
+        parameters: run-time name → parameter, in the order of the model.
+        layouts: disk tensor name → the parameters that it is made of, for every tensor that the class knows.
+        unsupported: tensors that are in no layout since their conversion cannot be followed → the reason.
+        naming: the model's renamings.
     """
 
     class_name: str
@@ -57,9 +101,7 @@ class ModelStructure:
     parameters: dict[str, Parameter] = field(default_factory=dict)
     layouts: dict[str, DiskLayout] = field(default_factory=dict)
     unsupported: dict[str, str] = field(default_factory=dict)
-
-    def rename(self, name: str) -> str:
-        return name
+    naming: Naming | None = None
 
     def linear_modules(self) -> tuple[str, ...]:
         """Every Linear and Conv1D whose weight lies on disk as it is, but the model's head, in module order."""
@@ -72,9 +114,32 @@ class ModelStructure:
             and f"{module}.weight" in on_disk
         )
 
+    def rename(self, name: str) -> str:
+        """A parameter's older or disk name as the model renames it on loading; nothing is fused or split.
 
-def read_structure(folder: Path, config: dict[str, Any] | None, disk_names: Iterable[str]) -> ModelStructure | None:
+        The name itself where no renaming applies.
+        """
+        return name if self.naming is None else self.naming.rename(name)
+
+    def disk_name(self, run_time_name: str) -> str | None:
+        """The disk name under which a parameter that is not on disk, as a tied head, would be saved.
+
+        None if no name is known that loads as this parameter.
+        """
+        return None if self.naming is None else self.naming.disk_name(run_time_name)
+
+
+def read_structure(
+    folder: Path, config: dict[str, Any] | None, specs: Mapping[str, Shaped], wanted: Collection[str] = ()
+) -> ModelStructure | None:
     """Builds the model's class without weights and maps the checkpoint's names to its own.
+
+    Args:
+        folder: the checkpoint's folder.
+        config: its `config.json`.
+        specs: its tensors by name, for their shapes.
+        wanted: module paths or parameter names that an adapter has. Where the class that the config names lacks some,
+            the class of `AUTO_CLASSES` that has the most is taken.
 
     Returns None where no class can be built: no config, an architecture that transformers does not know, or one that
     needs remote code. The caller then has only names and shapes to go by.
@@ -82,57 +147,81 @@ def read_structure(folder: Path, config: dict[str, Any] | None, disk_names: Iter
     if config is None or "model_type" not in config:
         return None
     with _quiet():
-        model = _build_on_meta(folder, config)
-        return None if model is None else _describe(model, disk_names)
+        model = _choose(folder, config, specs, wanted)
+        return None if model is None else _describe(model, specs)
 
 
-def _build_on_meta(folder: Path, config: dict[str, Any]) -> Any:
-    import torch
-    import transformers
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
+def _choose(folder: Path, config: dict[str, Any], specs: Mapping[str, Shaped], wanted: Collection[str]) -> Any:
+    """The model of the class that has the most of the wanted names, the first of equals."""
+    best, most = None, -1
     try:
-        model_config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-        architectures = config.get("architectures") or []
-        model_class = getattr(transformers, str(architectures[0]), None) if architectures else None
-        with torch.device("meta"):
-            if model_class is not None and hasattr(model_class, "_from_config"):
-                return model_class(model_config)
-            auto = AutoModelForCausalLM if type(model_config) in AutoModelForCausalLM._model_mapping else AutoModel
-            return auto.from_config(model_config, trust_remote_code=False)
+        for build in _candidates(folder, config):
+            model = build()
+            resolved = _count_resolved(wanted, model, specs) if wanted else 0
+            if resolved > most:
+                best, most = model, resolved
+            if most == len(wanted):
+                break
     except Exception:  # any model class may raise anything; without a structure the stricter fallback applies
         logging.getLogger(__name__).debug("no model class for %s", folder, exc_info=True)
-        return None
+    return best
 
 
-def _describe(model: Any, disk_names: Iterable[str]) -> ModelStructure:
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
+def _candidates(folder: Path, config: dict[str, Any]) -> Iterator[Callable[[], Any]]:
+    """The classes that may stand behind the config, the likeliest first, ready to be built without weights."""
+    import torch
+    import transformers
 
-    def kind_of(module: nn.Module) -> LayerKind:
-        if isinstance(module, nn.Linear):
-            return "linear"
-        if isinstance(module, Conv1D):
-            return "conv1d"
-        return "embedding" if isinstance(module, nn.Embedding) else "other"
+    def build(model_class: Any) -> Any:
+        with torch.device("meta"):
+            return model_class(model_config)
 
-    layers = {name: kind_of(module) for name, module in model.named_modules() if "weight" in dict(_direct(module))}
+    model_config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    architectures = config.get("architectures") or []
+    named = getattr(transformers, str(architectures[0]), None) if architectures else None
+    if named is not None and hasattr(named, "_from_config"):
+        yield partial(build, named)
+    seen = {named}
+    for auto_name in AUTO_CLASSES:
+        mapping = getattr(getattr(transformers, auto_name, None), "_model_mapping", {})
+        found = mapping.get(type(model_config), ())
+        for model_class in found if isinstance(found, (list, tuple)) else (found,):
+            if model_class not in seen:
+                seen.add(model_class)
+                yield partial(build, model_class)
+
+
+def _count_resolved(wanted: Collection[str], model: Any, specs: Mapping[str, Shaped]) -> int:
+    naming = Naming(model, specs)
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+
+    def is_known(name: str) -> bool:
+        if name in modules or name in naming.known:
+            return True
+        candidates = (name, f"{name}.weight")
+        return any(candidate in specs or naming.rename(candidate) in naming.known for candidate in candidates)
+
+    return sum(is_known(name) for name in wanted)
+
+
+def _describe(model: Any, specs: Mapping[str, Shaped]) -> ModelStructure:
+    naming = Naming(model, specs)
+    parameters = _parameters(model)
+    modules = dict(model.named_modules())
     head = model.get_output_embeddings()
-    known = model.state_dict()
-    run_time_names, converted = _map_names(model, disk_names)
+    layouts, unsupported = _layouts(naming, parameters, specs)
     return ModelStructure(
         class_name=type(model).__name__,
-        layers=layers,
-        run_time_names=run_time_names,
-        converted=frozenset(converted),
-        output_embedding=next((name for name, module in model.named_modules() if module is head), None),
+        layers={name: _kind_of(module) for name, module in modules.items() if "weight" in dict(_direct(module))},
+        run_time_names=naming.run_time_names,
+        converted=frozenset(name for conversion in naming.conversions for name in conversion.disk_names),
+        output_embedding=next((name for name, module in modules.items() if module is head), None),
         ties={str(name): str(target) for name, target in (getattr(model, "all_tied_weights_keys", None) or {}).items()},
         base_prefix=str(model.base_model_prefix or ""),
-        parameters={
-            name: Parameter(tuple(p.shape), layers.get(name.rpartition(".")[0], "other"))
-            for name, p in model.named_parameters()
-        },
-        layouts={disk: whole(name, disk_names[disk].shape) for disk, name in run_time_names.items()},
+        parameters=parameters,
+        layouts=layouts,
+        unsupported=unsupported,
+        naming=naming,
     )
 
 
@@ -140,25 +229,53 @@ def _direct(module: Any) -> Iterator[tuple[str, Any]]:
     yield from module.named_parameters(recurse=False)
 
 
-def _map_names(model: Any, disk_names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+def _kind_of(module: Any) -> LayerKind:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
 
-    transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    known = model.state_dict()
-    names: dict[str, str] = {}
-    converted: list[str] = []
-    for name in sorted(disk_names, key=dot_natural_key):
-        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
-        if renamed not in known and name in known:
-            renamed, pattern = name, None
-        if renamed in known and pattern is not None:
-            converted.append(name)
-        elif renamed in known:
-            names[name] = str(renamed)
-    return names, converted
+    types: tuple[tuple[Any, LayerKind], ...] = (
+        (nn.Linear, "linear"),
+        (Conv1D, "conv1d"),
+        (nn.Embedding, "embedding"),
+        ((nn.Conv1d, nn.Conv2d, nn.Conv3d), "conv"),
+        (nn.MultiheadAttention, "attention"),
+    )
+    return next((kind for module_type, kind in types if isinstance(module, module_type)), "other")
+
+
+def _parameters(model: Any) -> dict[str, Parameter]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[str, Parameter] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        module = modules[name.rpartition(".")[0]]
+        kind = _kind_of(module)
+        if kind == "other" and tensor.ndim >= 2 and tensor.requires_grad:
+            kind = "parameter"
+        found[name] = Parameter(tuple(tensor.shape), kind, bool(getattr(module, "is_transposed", False)))
+    return found
+
+
+def _layouts(
+    naming: Naming, parameters: Mapping[str, Parameter], specs: Mapping[str, Shaped]
+) -> tuple[dict[str, DiskLayout], dict[str, str]]:
+    """The layouts of all tensors that the model knows, and the tensors that have none with the reason."""
+    layouts: dict[str, DiskLayout] = {}
+    for name, run_time_name in naming.run_time_names.items():
+        shape = specs[name].shape
+        is_stack = parameters[run_time_name].is_stack and len(shape) == 3
+        layouts[name] = stack_layout(run_time_name, shape) if is_stack else whole(run_time_name, shape)
+    unsupported: dict[str, str] = {}
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    stacks = frozenset(name for name, parameter in parameters.items() if parameter.is_stack)
+    for conversion in naming.conversions:
+        sources = {name: specs[name].shape for name in conversion.disk_names}
+        try:
+            layouts |= follow(conversion, sources, shapes, stacks)
+        except NotFollowed as error:
+            operations = ", ".join(type(operation).__name__ for operation in conversion.converter.operations)
+            reason = f"transformers loads it into {conversion.parameter} with {operations}: {error}"
+            unsupported |= dict.fromkeys(sources, reason)
+    return layouts, unsupported
 
 
 @contextlib.contextmanager

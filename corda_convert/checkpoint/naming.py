@@ -1,0 +1,94 @@
+"""How the model's class names what lies on disk: transformers' renamings and converters, applied to names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """Tensors on disk that one `WeightConverter` of transformers takes together.
+
+    Attributes:
+        parameter: run-time name of the first parameter that it makes of them.
+        converter: transformers' object.
+        collected: under each of its source patterns the disk names, in the order in which it takes them.
+    """
+
+    parameter: str
+    converter: Any
+    collected: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def disk_names(self) -> tuple[str, ...]:
+        return tuple(name for names in self.collected.values() for name in names)
+
+
+class Naming:
+    """The names of one model, at run time and on one disk.
+
+    Attributes:
+        known: run-time names of all that a checkpoint of this model can hold.
+        run_time_names: disk name → run-time name, for tensors that are taken as they are.
+        conversions: the tensors that are not.
+    """
+
+    def __init__(self, model: Any, disk_names: Iterable[str] = ()) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
+
+        self.known: dict[str, bool] = dict.fromkeys(model.state_dict(), True)
+        self._prefix = str(model.base_model_prefix or "")
+        transforms = get_model_conversion_mapping(model)
+        self._renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        self._converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+        self.run_time_names: dict[str, str] = {}
+        self.conversions: tuple[Conversion, ...] = self._read(disk_names)
+        fresh = get_model_conversion_mapping(model, add_legacy=False)
+        self._undone_on_saving = (
+            [renaming for renaming in self._renamings if renaming.was_used()],
+            [entry for entry in fresh if isinstance(entry, WeightRenaming) and not isinstance(entry, PrefixChange)],
+        )
+
+    def rename(self, name: str) -> str:
+        """The name after the model's renamings, if the model has it; else the name itself."""
+        renamed, _ = self._forward(name, convert=False)
+        return renamed if renamed in self.known or name not in self.known else name
+
+    def disk_name(self, run_time_name: str) -> str | None:
+        """A name that loads as this parameter: as transformers would save it beside what is on disk, else its own."""
+        for renamings in self._undone_on_saving:
+            name = run_time_name
+            for renaming in reversed(renamings):
+                name, _ = renaming.reverse_transform().rename_source_key(name)
+            if self._forward(name) == (run_time_name, None):
+                return name
+        return run_time_name if self._forward(run_time_name) == (run_time_name, None) else None
+
+    def _read(self, disk_names: Iterable[str]) -> tuple[Conversion, ...]:
+        from transformers.core_model_loading import dot_natural_key
+
+        converter_of = {pattern: converter for converter in self._converters for pattern in converter.source_patterns}
+        conversions: dict[str, Conversion] = {}
+        for name in sorted(disk_names, key=dot_natural_key):
+            renamed, pattern = self._forward(name)
+            if renamed not in self.known:
+                continue
+            if pattern is None:
+                self.run_time_names[name] = renamed
+                continue
+            conversion = conversions.setdefault(renamed, Conversion(renamed, converter_of[pattern]))
+            conversion.collected.setdefault(pattern, []).append(name)
+        return tuple(conversions.values())
+
+    def _forward(self, name: str, *, convert: bool = True) -> tuple[str, str | None]:
+        """The run-time name, and the source pattern of the converter that takes the tensor, if one does."""
+        from transformers.core_model_loading import rename_source_key
+
+        converters = self._converters if convert else []
+        renamed, pattern = rename_source_key(name, self._renamings, converters, self._prefix, self.known)
+        if renamed not in self.known and name in self.known:
+            renamed, pattern = rename_source_key(name, [], [], self._prefix, self.known)
+        return str(renamed), pattern
