@@ -186,10 +186,10 @@ class _TransposedFold(Additive):
 
 def add(rows: Tensor, change: Tensor) -> float:
     """Adds a change to rows in place, and gives its squared norm."""
-    import torch
+    from corda_convert.linalg.lora import square
 
     rows += change
-    return float(torch.linalg.vector_norm(change)) ** 2
+    return square(change)
 
 
 @dataclass(frozen=True, slots=True)

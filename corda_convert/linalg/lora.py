@@ -7,12 +7,26 @@ import math
 import torch
 from torch import Tensor
 
+from corda_convert.linalg.scratch import scratch
+
 
 def delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """`s·B·A`: (d_out, d_in) from (r, d_in) and (d_out, r), scaled after the product as PEFT does it."""
+    """`s·B·A`: (d_out, d_in) from (r, d_in) and (d_out, r), scaled after the product as PEFT does it.
+
+    The result is valid until the thread's next call.
+    """
+    product = scratch("delta", (lora_B.shape[0], lora_A.shape[1]), lora_B)
     if math.frexp(scaling)[0] == 0.5:  # a power of two: exact wherever it is applied, and cheaper on B
-        return (lora_B if scaling == 1.0 else lora_B * scaling) @ lora_A
-    return (lora_B @ lora_A).mul_(scaling)
+        return torch.mm(lora_B if scaling == 1.0 else lora_B * scaling, lora_A, out=product)
+    return torch.mm(lora_B, lora_A, out=product).mul_(scaling)
+
+
+def square(tensor: Tensor) -> float:
+    """The squared Frobenius norm; not finite if an entry is not."""
+    if not tensor.is_contiguous():
+        return float(torch.linalg.vector_norm(tensor)) ** 2
+    flat = tensor.view(-1)
+    return float(torch.dot(flat, flat))
 
 
 def difference(lora_A: Tensor, lora_B: Tensor, initial_lora_A: Tensor, initial_lora_B: Tensor) -> tuple[Tensor, Tensor]:

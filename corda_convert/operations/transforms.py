@@ -138,11 +138,15 @@ class _FoldSession:
     device: torch.device
     folds: list[RowFold] = field(default_factory=list)
     squares: list[tuple[float, float, float]] = field(default_factory=list)
+    likeness: Tensor | None = None
 
     def prepare(self, operands: Mapping[str, Tensor]) -> None:
+        import torch
+
         for name, tensor in operands.items():
             self._check_finite(name, tensor)
         dtype = torch_dtype(self.transform.compute_dtype)
+        self.likeness = torch.empty(0, dtype=dtype, device=self.device)
         on_device = {name: tensor.to(self.device, dtype, copy=True) for name, tensor in operands.items()}
         for placed, names in zip(self.transform.changes, self.transform.operands, strict=True):
             whole = {name: on_device[own] for name, own in names.items() if own in on_device}
@@ -180,24 +184,30 @@ class _FoldSession:
     def _pass(self, first_row: int, inputs: Mapping[str, Tensor], output: Tensor) -> None:
         import torch
 
-        dtype = torch_dtype(self.transform.compute_dtype)
         stored = inputs["weight"]
         streamed = self._on_device({name: tensor for name, tensor in inputs.items() if name != "weight"})
-        rows = stored.to(self.device, dtype, copy=True)
+        rows = self._copied("rows", stored)
         weight_square = _square(rows)
         rows, delta_square = self._folded(rows, first_row, streamed)
         if not isfinite(delta_square) or not isfinite(weight_square):
             raise self._culprit(inputs)
         rounding_square = 0.0
-        if delta_square == 0.0:
+        if delta_square == 0.0 and torch.equal(rows, self._copied("rounded", stored)):
             output.copy_(stored)  # bit for bit, the sign of zero included
         else:
             output.copy_(rows)
-            if output.dtype != dtype:
-                rounding_square = _square(torch.sub(rows, output.to(self.device, dtype), out=rows))
+            if output.dtype != rows.dtype:
+                rounding_square = _square(self._copied("rounded", output).sub_(rows))
         if not isfinite(rounding_square) or (output.dtype == torch.float16 and not bool(torch.isfinite(output).all())):
             raise _overflow(self.transform.weight.name, self.transform.dtype)
         self.squares.append((weight_square, delta_square, rounding_square))
+
+    def _copied(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy on the device in the dtype of the computation, in a buffer of this thread."""
+        from corda_convert.linalg.scratch import scratch
+
+        assert self.likeness is not None  # noqa: S101 - set by `prepare`
+        return scratch(name, tuple(tensor.shape), self.likeness).copy_(tensor)
 
     def _on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         dtype = torch_dtype(self.transform.compute_dtype)
@@ -296,9 +306,9 @@ def _described(changes: Sequence[PlacedChange]) -> list[Facts]:
 
 def _square(tensor: Tensor) -> float:
     """The squared Frobenius norm; not finite if an entry is not."""
-    import torch
+    from corda_convert.linalg.lora import square
 
-    return float(torch.linalg.vector_norm(tensor)) ** 2
+    return square(tensor)
 
 
 def _overflow(name: str, dtype: str) -> NotFinite:
