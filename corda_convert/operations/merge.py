@@ -11,9 +11,10 @@ from corda_convert.adapters import read_adapter
 from corda_convert.adapters.factors import Adapter, Layout
 from corda_convert.adapters.initial import with_initial
 from corda_convert.adapters.lora import LoraFactors
+from corda_convert.checkpoint.dense_families import dense_structure
 from corda_convert.checkpoint.folder import Checkpoint, read_checkpoint
 from corda_convert.checkpoint.names import NameMap
-from corda_convert.checkpoint.structure import read_structure
+from corda_convert.checkpoint.structure import ModelStructure, read_structure
 from corda_convert.checkpoint.tensors import TensorRef
 from corda_convert.errors import AdapterMismatch
 from corda_convert.operations import evidence
@@ -56,7 +57,7 @@ def merge(
     checkpoint = read_checkpoint(Path(model))
     trained = read_adapter(Path(adapter))
     folded, initial = (trained, None) if options.init is None else _with_init(trained, Path(options.init))
-    names = NameMap(checkpoint, read_structure(checkpoint.root, checkpoint.config, checkpoint.tensors))
+    names = NameMap(checkpoint, _structure(checkpoint, folded))
     fitted = fit_changes(folded, names)
     weights = matrices(fitted, checkpoint)
     if initial is not None and not options.as_is:
@@ -105,6 +106,14 @@ def _with_init(trained: Adapter, init: Path) -> tuple[Adapter, Adapter]:
                 next_step="Leave out --init.",
             )
     return with_initial(trained, initial), initial
+
+
+def _structure(checkpoint: Checkpoint, adapter: Adapter) -> ModelStructure | None:
+    """What the model's class says of the checkpoint; without importing it, where that is not needed."""
+    wanted = [name for change in adapter.modules for name in change.parameters(())[:1]]
+    wanted += [*adapter.replacements, *(f"{module}.weight" for module in adapter.bases)]
+    dense = dense_structure(checkpoint.config or {}, checkpoint.tensors, wanted)
+    return dense or read_structure(checkpoint.root, checkpoint.config, checkpoint.tensors, wanted)
 
 
 def matrices(fitted: Sequence[Fitted], checkpoint: Checkpoint) -> dict[str, tuple[TensorRef, Layout]]:
