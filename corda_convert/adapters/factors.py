@@ -97,6 +97,21 @@ class ParameterChange(Protocol):
         """Whether PEFT rounds the change to the weight's dtype before it adds it."""
         ...
 
+    @property
+    def follows_ties(self) -> bool:
+        """Whether PEFT makes the same change to every weight that is tied to this one (trainable tokens)."""
+        ...
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it can be taken any number of times; false for a norm that is set, or rows that are replaced."""
+        ...
+
+    @property
+    def keeps_tie(self) -> bool:
+        """Whether a tensor that is tied to its parameter changes with it."""
+        ...
+
     def fit(self, target: Target) -> Layout:
         """How the matrix lies at run time. Raises one of our errors if the factors do not fit the target."""
         ...
@@ -123,6 +138,34 @@ class ParameterChange(Protocol):
     def describe(self) -> dict[str, object]:
         """Kind, rank, scaling and mode, for the receipt."""
         ...
+
+
+class UsualChange:
+    """Base of changes: what most of them answer. A change that differs says so."""
+
+    __slots__ = ()
+
+    @property
+    def is_embedding(self) -> bool:
+        return False
+
+    @property
+    def rounds_delta(self) -> bool:
+        return False
+
+    @property
+    def is_linear(self) -> bool:
+        return True
+
+    @property
+    def keeps_tie(self) -> bool:
+        return False
+
+    def streams(self, block: Block) -> frozenset[str]:
+        return frozenset()
+
+    def row_quantum(self, block: Block) -> int:
+        return 1
 
 
 class Additive:

@@ -66,6 +66,10 @@ class LoraFactors:
     def rounds_delta(self) -> bool:
         return self.is_embedding
 
+    @property
+    def follows_ties(self) -> bool:
+        return False
+
     def parameters(self, known: Sequence[str]) -> tuple[str, ...]:
         return (f"{self.module_name}.weight",)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from corda_convert.adapters.factors import Adapter, Additive, Block, Layout, RowFold
+from corda_convert.adapters.factors import Adapter, Additive, Block, Layout, RowFold, UsualChange
 from corda_convert.adapters.replacements import split_replacements
 from corda_convert.adapters.source import CONFIG_FILE, AdapterSource, integer
 from corda_convert.checkpoint.names import Target
@@ -24,7 +24,7 @@ _BLOCK = re.compile(r"^(?P<module>.+)\.(?:miss|bone)_block$")
 
 
 @dataclass(frozen=True, slots=True)
-class BlockFactors:
+class BlockFactors(UsualChange):
     """The block of one module: (r, d_out) for balance, (r, mini_r) for mini, (d_out / r, r, r) for bat."""
 
     module_name: str
@@ -37,11 +37,7 @@ class BlockFactors:
         return self.block.shape[-1] if self.mode == "bat" else self.block.shape[0]
 
     @property
-    def is_embedding(self) -> bool:
-        return False
-
-    @property
-    def rounds_delta(self) -> bool:
+    def follows_ties(self) -> bool:
         return False
 
     def parameters(self, known: Sequence[str]) -> tuple[str, ...]:
@@ -72,9 +68,6 @@ class BlockFactors:
 
     def operands(self, block: Block) -> Mapping[str, TensorRef]:
         return {"block": self.block}
-
-    def streams(self, block: Block) -> frozenset[str]:
-        return frozenset()
 
     @property
     def _quantum(self) -> int:
