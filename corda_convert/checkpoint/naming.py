@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 
@@ -37,7 +38,7 @@ class Naming:
 
     def __init__(self, model: Any, disk_names: Iterable[str] = ()) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
 
         self.known: dict[str, bool] = dict.fromkeys(model.state_dict(), True)
         self._prefix = str(model.base_model_prefix or "")
@@ -47,9 +48,9 @@ class Naming:
         self.run_time_names: dict[str, str] = {}
         self.conversions: tuple[Conversion, ...] = self._read(disk_names)
         fresh = get_model_conversion_mapping(model, add_legacy=False)
-        self._undone_on_saving = (
-            [renaming for renaming in self._renamings if renaming.was_used()],
-            [entry for entry in fresh if isinstance(entry, WeightRenaming) and not isinstance(entry, PrefixChange)],
+        self._saving = (
+            [entry for entry in fresh if isinstance(entry, WeightRenaming) and type(entry).__name__ != "PrefixChange"],
+            [renaming for renaming in self._renamings if getattr(renaming, "_was_used", False)],
         )
 
     def rename(self, name: str) -> str:
@@ -58,14 +59,21 @@ class Naming:
         return renamed if renamed in self.known or name not in self.known else name
 
     def disk_name(self, run_time_name: str) -> str | None:
-        """A name that loads as this parameter: as transformers would save it beside what is on disk, else its own."""
-        for renamings in self._undone_on_saving:
-            name = run_time_name
-            for renaming in reversed(renamings):
-                name, _ = renaming.reverse_transform().rename_source_key(name)
-            if self._forward(name) == (run_time_name, None):
-                return name
-        return run_time_name if self._forward(run_time_name) == (run_time_name, None) else None
+        """A name that loads as this parameter, in the style of the names on disk; None if none does."""
+        candidates = (_renamed(run_time_name, self._saving_renamings), run_time_name)
+        if run_time_name not in self.known:
+            return None
+        return next((name for name in candidates if self._forward(name) == (run_time_name, None)), None)
+
+    @cached_property
+    def _saving_renamings(self) -> list[Any]:
+        """The reversed renamings that give back most of the names on disk: those of a new model, or those used here."""
+
+        def reproduced(renamings: list[Any]) -> int:
+            return sum(_renamed(run_time, renamings) == disk for disk, run_time in self.run_time_names.items())
+
+        reverses = [[renaming.reverse_transform() for renaming in reversed(renamings)] for renamings in self._saving]
+        return max(reverses, key=reproduced)
 
     def _read(self, disk_names: Iterable[str]) -> tuple[Conversion, ...]:
         from transformers.core_model_loading import dot_natural_key
@@ -92,3 +100,9 @@ class Naming:
         if renamed not in self.known and name in self.known:
             renamed, pattern = rename_source_key(name, [], [], self._prefix, self.known)
         return str(renamed), pattern
+
+
+def _renamed(name: str, renamings: Iterable[Any]) -> str:
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    return name

@@ -89,6 +89,8 @@ class ModelStructure:
         layouts: disk tensor name → the parameters that it is made of, for every tensor that the class knows.
         unsupported: tensors that are in no layout since their conversion cannot be followed → the reason.
         naming: the model's renamings.
+        ties_are_forced: whether the class ties its head whatever `tie_word_embeddings` says (T5 and its like, which read
+            something else from it). A head of its own on disk is then still loaded as such.
     """
 
     class_name: str
@@ -102,6 +104,7 @@ class ModelStructure:
     layouts: dict[str, DiskLayout] = field(default_factory=dict)
     unsupported: dict[str, str] = field(default_factory=dict)
     naming: Naming | None = None
+    ties_are_forced: bool = False
 
     def linear_modules(self) -> tuple[str, ...]:
         """Every Linear and Conv1D whose weight lies on disk as it is, but the model's head, in module order."""
@@ -222,7 +225,13 @@ def _describe(model: Any, specs: Mapping[str, Shaped]) -> ModelStructure:
         layouts=layouts,
         unsupported=unsupported,
         naming=naming,
+        ties_are_forced=_ties_are_forced(model),
     )
+
+
+def _ties_are_forced(model: Any) -> bool:
+    untied = type(model.config).from_dict({**model.config.to_dict(), "tie_word_embeddings": False})
+    return bool(getattr(untied, "tie_word_embeddings", False))
 
 
 def _direct(module: Any) -> Iterator[tuple[str, Any]]:
