@@ -70,13 +70,20 @@ class RunRecord:
     hash_seconds: float
 
 
-def run(plan: Plan, folder: Path, device: torch.device, progress: Progress | None = None) -> RunRecord:
+def run(
+    plan: Plan,
+    folder: Path,
+    device: torch.device,
+    progress: Progress | None = None,
+    digests: Mapping[Path, SequentialDigest] | None = None,
+) -> RunRecord:
     """Runs the plan's jobs in order and writes its files into `folder`, which exists.
 
-    Raises whatever a source or a transform refuses with, after all threads have stopped and all files are closed.
+    `digests` of inputs that were begun before are gone on with. Raises whatever a source or a transform refuses with,
+    after all threads have stopped and all files are closed.
     """
     _allow_open_files(plan)
-    return _Run(plan, folder, device, progress or (lambda _name, _nbytes: None)).run()
+    return _Run(plan, folder, device, progress or (lambda _name, _nbytes: None), digests or {}).run()
 
 
 @dataclass(slots=True)
@@ -114,7 +121,14 @@ class _Stopped(Exception):
 
 
 class _Run:
-    def __init__(self, plan: Plan, folder: Path, device: torch.device, progress: Progress) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        device: torch.device,
+        progress: Progress,
+        digests: Mapping[Path, SequentialDigest],
+    ) -> None:
         self.plan = plan
         self.folder = folder
         self.device = device
@@ -127,7 +141,10 @@ class _Run:
         self.computed: queue.Queue[_Work | None] = queue.Queue(maxsize=plan.slots + 1)
         self.written: queue.Queue[_Work | None] = queue.Queue(maxsize=plan.slots + 1)
         self.writers: dict[str, ShardWriter] = {}
-        self.digests: dict[Path, SequentialDigest] = {}
+        self.digests = dict(digests)
+        for digest in self.digests.values():
+            digest.skip_head()
+        self.begun: set[Path] = set()  # inputs whose header is in their digest
         self.facts: dict[str, Facts] = {}
         self.records: list[FileRecord] = []
         self.seconds = {"read": 0.0, "compute": 0.0, "write": 0.0, "hash": 0.0}
@@ -235,17 +252,18 @@ class _Run:
     def _digest(self, file: object) -> SequentialDigest | None:
         if not isinstance(file, SafetensorsFile):
             return None
-        if file.path not in self.digests:
-            self.digests[file.path] = SequentialDigest(file.header.file_bytes)
+        digest = self.digests.setdefault(file.path, SequentialDigest(file.header.file_bytes))
+        if file.path not in self.begun:
+            self.begun.add(file.path)
             header = bytearray(file.header.data_begin)
             file.read_bytes_into(0, memoryview(header))
-            self.digests[file.path].update(0, memoryview(header))
-        return self.digests[file.path]
+            digest.update(0, memoryview(header))
+        return digest
 
     def _digest_source(self, job: CopyJob) -> None:
         """Hashes what will be copied. It also brings it into the page cache, ahead of the copy."""
         digest = self._digest(job.source)
-        if digest is None or digest.is_broken:
+        if digest is None or digest.is_broken or job.source_offset + job.nbytes <= digest.head:
             return
         buffer = memoryview(bytearray(min(COPY_BYTES, job.nbytes)))
         for begin, nbytes in self._pieces(job):

@@ -21,8 +21,9 @@ from corda_convert.operations import evidence
 from corda_convert.operations.edits import Applied, Fitted, collect_edits, fit_changes, produced
 from corda_convert.operations.model_side import model_side_files, transformers_card
 from corda_convert.operations.options import Outcome, RunOptions
-from corda_convert.operations.production import Input, Production, checkpoint_files, produce
+from corda_convert.operations.production import Input, Production, checkpoint_files, produce, read_ahead
 from corda_convert.operations.transforms import Rounding
+from corda_convert.output.read_ahead import ReadAhead
 from corda_convert.output.side_files import tokenizer_files
 
 
@@ -56,6 +57,18 @@ def merge(
     """
     checkpoint = read_checkpoint(Path(model))
     trained = read_adapter(Path(adapter))
+    with read_ahead((trained.source.file, *checkpoint.shards), run) as ahead:
+        return _merge(checkpoint, trained, Path(output), options, run, ahead)
+
+
+def _merge(
+    checkpoint: Checkpoint,
+    trained: Adapter,
+    output: Path,
+    options: MergeOptions,
+    run: RunOptions,
+    ahead: ReadAhead | None,
+) -> Outcome:
     folded, initial = (trained, None) if options.init is None else _with_init(trained, Path(options.init))
     names = NameMap(checkpoint, _structure(checkpoint, folded))
     fitted = fit_changes(folded, names)
@@ -79,7 +92,7 @@ def merge(
             "as_is": options.as_is,
             "dtype": run.dtype,
         },
-        output=Path(output),
+        output=output,
         inputs=_inputs(checkpoint, trained, initial),
         files=checkpoint_files(checkpoint, touched, dtype),
         side_files=side_files,
@@ -94,7 +107,7 @@ def merge(
             tags=("merged", folded.kind),
         ),
     )
-    return produce(production, run)
+    return produce(production, run, ahead)
 
 
 def _with_init(trained: Adapter, init: Path) -> tuple[Adapter, Adapter]:

@@ -6,7 +6,7 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,9 @@ from corda_convert.operations.options import Outcome, RunOptions, resolve_device
 from corda_convert.operations.transforms import CastTransform
 from corda_convert.operations.verbatim import VerbatimTransform
 from corda_convert.output import staging
-from corda_convert.output.digests import file_sha256
+from corda_convert.output.digests import SequentialDigest, file_sha256
 from corda_convert.output.model_card import Card, render_card
+from corda_convert.output.read_ahead import ReadAhead
 from corda_convert.output.receipt import RECEIPT_FORMAT, RECEIPT_FORMAT_VERSION, tool, write_receipt
 from corda_convert.output.side_files import SideFile, json_file
 from corda_convert.plan.model import ComputeJob, Copied, Facts, OutputFileSpec, Plan, Produced
@@ -118,15 +119,27 @@ def output_dtype(stored: str, wanted: str | None) -> str:
     return wanted if wanted is not None and stored in COMPUTABLE_DTYPES else stored
 
 
-def produce(production: Production, run: RunOptions) -> Outcome:
+@contextlib.contextmanager
+def read_ahead(files: Iterable[TensorFile], run: RunOptions) -> Iterator[ReadAhead | None]:
+    """Hashes the files, small ones first by their order here, until the engine starts or the command is refused."""
+    if run.dry_run:
+        yield None
+        return
+    with ReadAhead([file.path for file in files]) as ahead:
+        yield ahead
+
+
+def produce(production: Production, run: RunOptions, ahead: ReadAhead | None = None) -> Outcome:
     """Plans, checks, and unless it is a dry run: writes, seals and publishes.
 
+    `ahead` is stopped before the plan is made, so that its memory is free; the engine goes on with its digests.
     Raises one of our errors; then the output is as it was before.
     """
     staging.check_output(production.output, [source.path for source in production.inputs], overwrite=run.overwrite)
     if run.push_to is not None:
         hub.check_access(run.push_to, private=run.private)
     device = resolve_device(run.device)
+    digests = {} if ahead is None else ahead.stop()
     baseline = _resident_bytes()
     plan = pack(
         production.files, workers=worker_count(device), max_memory_bytes=run.max_memory_bytes, held_bytes=baseline
@@ -137,7 +150,7 @@ def produce(production: Production, run: RunOptions) -> Outcome:
     if run.dry_run:
         return Outcome(production.output, plan, {**receipt, "dry_run": True}, warnings=production.warnings)
     with staging.staging_folder(production.output) as folder:
-        receipt = _fill(production, plan, folder, device, run, receipt)
+        receipt = _fill(production, plan, folder, device, run, receipt, digests)
     publication = None
     if run.push_to is not None:
         message = f"{production.command} with corda-convert"
@@ -146,11 +159,17 @@ def produce(production: Production, run: RunOptions) -> Outcome:
 
 
 def _fill(
-    production: Production, plan: Plan, folder: Path, device: torch.device, run: RunOptions, receipt: dict[str, Any]
+    production: Production,
+    plan: Plan,
+    folder: Path,
+    device: torch.device,
+    run: RunOptions,
+    receipt: dict[str, Any],
+    digests: Mapping[Path, SequentialDigest],
 ) -> dict[str, Any]:
     begun = time.perf_counter()
     with _progress(plan, enabled=run.progress) as progress:
-        record = engine.run(plan, folder, device, progress)
+        record = engine.run(plan, folder, device, progress, digests)
     for side_file in _side_files(production, plan):
         side_file.write(folder)
     tensors = _tensor_facts(plan, record.facts)
@@ -158,8 +177,8 @@ def _fill(
     facts = {**receipt, "inputs": _inputs(production, record.input_digests), "tensors": tensors, "summary": summary}
     card = render_card(production.card, facts, repo_id=run.push_to, folder_name=production.output.name)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    digests = {file.name: file.sha256 for file in record.files}
-    facts["files"] = [_file_entry(folder, path, digests) for path in sorted(_all_files(folder))]
+    written = {file.name: file.sha256 for file in record.files}
+    facts["files"] = [_file_entry(folder, path, written) for path in sorted(_all_files(folder))]
     facts["run"] = {
         "device": str(device),
         "seconds": round(time.perf_counter() - begun, 3),
