@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from corda_convert.checkpoint.safetensors_file import SafetensorsFile
 from corda_convert.checkpoint.tensors import torch_dtype
+from corda_convert.output.archive_writer import ArchiveWriter
 from corda_convert.output.digests import SequentialDigest
 from corda_convert.output.shard_writer import ShardWriter
 from corda_convert.plan.model import (
@@ -354,7 +355,10 @@ class _Run:
             yield begin, min(COPY_BYTES, job.nbytes - begin)
 
     def _open(self, file: PackedFile) -> ShardWriter:
-        return ShardWriter(self.folder / file.name, file.header, file.nbytes)
+        path = self.folder / file.name
+        return (
+            ShardWriter(path, file.header, file.nbytes) if file.archive is None else ArchiveWriter(path, file.archive)
+        )
 
 
 def _join(thread: threading.Thread) -> None:

@@ -185,7 +185,7 @@ def _read_places(path: Path) -> dict[str, Placed]:
 def _place(path: Path, name: str, tensor: torch.Tensor, storages: dict[int, Extent]) -> Placed:
     offset = tensor.untyped_storage()._checkpoint_offset
     assert offset is not None  # noqa: S101 - `_is_plain` has seen it
-    storage = storages[offset]
+    storage = storages.get(offset, Extent(0, 0))
     first = tensor.storage_offset() * tensor.element_size()
     spec = TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape))
     strides = tuple(int(stride) for stride in tensor.stride())

@@ -101,6 +101,11 @@ def checkpoint_files(
     return tuple(files)
 
 
+def as_one_archive(files: Iterable[OutputFileSpec], name: str) -> tuple[OutputFileSpec, ...]:
+    """The tensors of all files in one of torch's own format, `name` ending in `.pth`: what RWKV's tools load."""
+    return (OutputFileSpec(name, tuple(tensor for file in files for tensor in file.tensors), {}),)
+
+
 def _shard_names(checkpoint: Checkpoint) -> list[str]:
     """The output's file names: the shards' own, and for pickled ones those that `save_pretrained` would give."""
     if not checkpoint.is_folder:

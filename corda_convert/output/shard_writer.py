@@ -64,10 +64,18 @@ class ShardWriter:
 
     def digest_copied(self, offset: int, nbytes: int) -> None:
         """Takes bytes that were copied to `offset` into the file's digest."""
-        if self._digest.is_broken:
-            return
+        if not self.is_broken:
+            self.digest(offset, self.read(offset, nbytes))
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether bytes came out of order, so that the digest needs a second reading."""
+        return self._digest.is_broken
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Bytes that were written."""
         try:
-            self._digest.update(offset, os.pread(self._descriptor, nbytes, offset))
+            return os.pread(self._descriptor, nbytes, offset)
         except OSError as error:
             raise self._refusal(error) from None
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from corda_convert.checkpoint.byte_file import ExtentFile
     from corda_convert.checkpoint.tensors import TensorFile, TensorRef, TensorSpec
+    from corda_convert.checkpoint.torch_archive import Archive
 
 Facts = dict[str, Any]
 """What a receipt says of one tensor: JSON values by name."""
@@ -57,7 +58,7 @@ class Transform(Protocol):
     def streamed(self) -> Mapping[str, TensorRef]:
         """Operands read by the same blocks of rows; none for a job done in one step.
 
-        The first has as many elements as the one output, and tells how that is cut into rows.
+        The first has as many elements as an output with `rows_each` 1, and tells how that is cut into rows.
         """
         ...
 
@@ -75,10 +76,14 @@ class Transform(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Produced:
-    """A tensor that a transform yields. Tensors of one transform may lie in several files."""
+    """A tensor that a transform yields. Tensors of one transform may lie in several files.
+
+    `rows_each`: so many rows of the streamed operands make one row of this tensor.
+    """
 
     spec: TensorSpec
     transform: Transform
+    rows_each: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +97,10 @@ class Copied:
 
 @dataclass(frozen=True, slots=True)
 class OutputFileSpec:
-    """A safetensors file to write: its path inside the output folder and its tensors in order."""
+    """A file to write: its path inside the output folder and its tensors in order.
+
+    In torch's own format for a name that ends in `.pth` or `.pt`, else safetensors.
+    """
 
     name: str
     tensors: tuple[Produced | Copied, ...]
@@ -176,12 +184,13 @@ COPY_BYTES = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class PackedFile:
-    """A file's header as bytes, its tensors in order, and its whole size."""
+    """A file's header as bytes, its tensors in order, and its whole size; for torch's own format its layout, too."""
 
     name: str
     header: bytes
     specs: tuple[TensorSpec, ...]
     nbytes: int
+    archive: Archive | None = None
 
 
 @dataclass(frozen=True, slots=True)

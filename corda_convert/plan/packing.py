@@ -8,6 +8,7 @@ from dataclasses import replace
 from math import lcm
 
 from corda_convert.checkpoint.tensors import TensorRef, TensorSpec
+from corda_convert.checkpoint.torch_archive import SUFFIXES, lay_out_archive
 from corda_convert.errors import MemoryBudgetExceeded
 from corda_convert.plan.model import (
     Chunk,
@@ -94,6 +95,11 @@ def _lay_out(files: Sequence[OutputFileSpec]) -> tuple[tuple[PackedFile, ...], d
     places: dict[tuple[str, str], int] = {}
     for file in files:
         specs = tuple(tensor.spec for tensor in file.tensors)
+        if file.name.endswith(SUFFIXES):
+            archive, begins = lay_out_archive(specs)
+            places |= {(file.name, name): begin for name, begin in begins.items()}
+            packed.append(PackedFile(file.name, archive.header, specs, archive.nbytes, archive))
+            continue
         header = encode_header(specs, dict(file.metadata))
         position = len(header)
         for spec in specs:
@@ -104,11 +110,11 @@ def _lay_out(files: Sequence[OutputFileSpec]) -> tuple[tuple[PackedFile, ...], d
 
 
 def _jobs(files: Sequence[OutputFileSpec], places: dict[tuple[str, str], int]) -> Iterable[Job]:
-    outputs: dict[int, list[tuple[str, TensorSpec]]] = {}
+    outputs: dict[int, list[tuple[str, Produced]]] = {}
     for file in files:
         for tensor in file.tensors:
             if isinstance(tensor, Produced):
-                outputs.setdefault(id(tensor.transform), []).append((file.name, tensor.spec))
+                outputs.setdefault(id(tensor.transform), []).append((file.name, tensor))
     done: set[int] = set()
     for file in files:
         run: CopyJob | None = None
@@ -131,27 +137,27 @@ def _jobs(files: Sequence[OutputFileSpec], places: dict[tuple[str, str], int]) -
 def _extend(run: CopyJob | None, tensor: Copied, file_name: str, offset: int) -> tuple[CopyJob, CopyJob | None]:
     extent = tensor.source.extent(tensor.source_name)
     assert extent is not None  # noqa: S101 - `Copied` is for tensors in one piece
-    if run is not None and run.source is tensor.source and run.source_offset + run.nbytes == extent.begin:
+    goes_on = run is not None and run.source is tensor.source and run.offset + run.nbytes == offset
+    if run is not None and goes_on and run.source_offset + run.nbytes == extent.begin:
         names = (*run.names, tensor.spec.name)
         return CopyJob(names, run.source, run.source_offset, file_name, run.offset, run.nbytes + extent.nbytes), None
     return CopyJob((tensor.spec.name,), tensor.source, extent.begin, file_name, offset, extent.nbytes), run
 
 
 def _compute_job(
-    transform: Transform, outputs: list[tuple[str, TensorSpec]], places: dict[tuple[str, str], int]
+    transform: Transform, outputs: list[tuple[str, Produced]], places: dict[tuple[str, str], int]
 ) -> ComputeJob:
-    name = outputs[0][1].name
+    name = outputs[0][1].spec.name
     whole = tuple(_read(operand, ref, 0, ref.shape[0] if ref.shape else 1) for operand, ref in transform.whole.items())
     if not transform.streamed:
-        writes = tuple(_write(file_name, spec, places, 0, _rows(spec)) for file_name, spec in outputs)
+        writes = tuple(_write(file_name, each.spec, places, 0, _rows(each.spec)) for file_name, each in outputs)
         return ComputeJob(name, transform, (Chunk(0, (), whole, writes),), transform.workspace_bytes(0))
-    ((file_name, spec),) = outputs
-    shape = next(iter(transform.streamed.values())).shape  # the output's bytes, by the rows of the first operand
+    shape = next(iter(transform.streamed.values())).shape  # the outputs' bytes, by the rows of the first operand
     blocks = row_blocks(shape, transform.row_quantum)
     chunks = []
     for index, (begin, end) in enumerate(blocks):
         reads = tuple(_read(operand, ref, begin, end) for operand, ref in transform.streamed.items())
-        writes = (_write(file_name, TensorSpec(spec.name, spec.dtype, shape), places, begin, end),)
+        writes = tuple(_write_rows(file_name, each, shape, places, begin, end) for file_name, each in outputs)
         chunks.append(Chunk(begin, whole if index == 0 else (), reads, writes))
     rows = max((end - begin for begin, end in blocks), default=0)
     return ComputeJob(name, transform, tuple(chunks), transform.workspace_bytes(rows))
@@ -181,6 +187,17 @@ def _read(operand: str, ref: TensorRef, begin: int, end: int) -> Read:
     row = spec.row_nbytes
     shape = (end - begin, *spec.shape[1:]) if spec.shape else ()
     return Read(operand, ref.file, ref.name, spec.dtype, shape, ref.begin + begin * row, (end - begin) * row)
+
+
+def _write_rows(
+    file_name: str, tensor: Produced, shape: tuple[int, ...], places: dict[tuple[str, str], int], begin: int, end: int
+) -> Write:
+    """The part of an output that rows `begin … end` of streamed operands of this shape make."""
+    spec, each = tensor.spec, tensor.rows_each
+    if each > 1:
+        rows = -(-shape[0] // each)
+        shape, begin, end = (rows, spec.elements // max(rows, 1)), begin // each, -(-end // each)
+    return _write(file_name, TensorSpec(spec.name, spec.dtype, shape), places, begin, end)
 
 
 def _write(file_name: str, spec: TensorSpec, places: dict[tuple[str, str], int], begin: int, end: int) -> Write:
