@@ -194,6 +194,10 @@ def _transpose(use: _Use, operation: Any, values: Assemblies) -> Assemblies:
     return {target: [Assembly(_permuted(tensor.shape, order), boxes)]}
 
 
+def _keep(use: _Use, operation: Any, values: Assemblies) -> Assemblies:
+    return {use.targets[0]: [_single(values)]}
+
+
 def _fuse_experts(use: _Use, operation: Any, values: Assemblies) -> Assemblies:
     """Each list of experts is cut into one run for each target; the runs are stacked, and joined over the sources."""
     runs: dict[str, list[Assembly]] = {target: [] for target in use.targets}
@@ -211,6 +215,7 @@ _OPERATIONS: dict[str, Callable[[_Use, Any, Assemblies], Assemblies]] = {
     "Chunk": _chunk,
     "Split": _split,
     "Transpose": _transpose,
+    "Force16BytesAlignment": _keep,
     "ErnieFuseAndSplitTextVisionExperts": _fuse_experts,
 }
 
@@ -321,6 +326,8 @@ def _piece(parameter: str, expert: int | None, shape: Shape, box: Box, source_sh
 def _covered(name: str, shape: Shape, pieces: list[Piece], *, is_stacked: bool) -> DiskLayout:
     """The layout, if the pieces cover all rows once."""
     matrix = (shape[0] * shape[1], shape[2]) if is_stacked else matrix_shape(shape)
+    if len(pieces) == 1 and pieces[0].row == 0 and pieces[0].rows == matrix[0]:
+        return DiskLayout(matrix, (pieces[0],))
     pieces.sort(key=lambda piece: piece.row)
     ends = list(accumulate((piece.rows for piece in pieces), initial=0))
     if [piece.row for piece in pieces] != ends[:-1] or ends[-1] != matrix[0]:

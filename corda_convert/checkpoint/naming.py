@@ -38,9 +38,10 @@ class Naming:
 
     def __init__(self, model: Any, disk_names: Iterable[str] = ()) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
         self.known: dict[str, bool] = dict.fromkeys(model.state_dict(), True)
+        self._rename_source_key = rename_source_key
         self._prefix = str(model.base_model_prefix or "")
         transforms = get_model_conversion_mapping(model)
         self._renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
@@ -93,12 +94,10 @@ class Naming:
 
     def _forward(self, name: str, *, convert: bool = True) -> tuple[str, str | None]:
         """The run-time name, and the source pattern of the converter that takes the tensor, if one does."""
-        from transformers.core_model_loading import rename_source_key
-
         converters = self._converters if convert else []
-        renamed, pattern = rename_source_key(name, self._renamings, converters, self._prefix, self.known)
+        renamed, pattern = self._rename_source_key(name, self._renamings, converters, self._prefix, self.known)
         if renamed not in self.known and name in self.known:
-            renamed, pattern = rename_source_key(name, [], [], self._prefix, self.known)
+            renamed, pattern = self._rename_source_key(name, [], [], self._prefix, self.known)
         return str(renamed), pattern
 
 
