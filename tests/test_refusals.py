@@ -637,7 +637,7 @@ def test_an_unknown_peft_type_is_refused_with_the_known_ones(refusal: Refusal, m
     adapter = write_adapter(tmp_path / "ia3", {"x.ia3_l": random(4, 1)}, {"peft_type": "IA3"})
     assert refusal("merge", model, "--adapter", adapter) == (
         f"{adapter}: adapter_config.json has peft_type 'IA3', which this version cannot fold.\n"
-        "It knows LORA, MISS, BONE.\n"
+        "It knows LORA, MISS, BONE, TRAINABLE_TOKENS.\n"
         "Merge it with PEFT's merge_and_unload, if PEFT can merge this kind."
     )
 
@@ -645,12 +645,9 @@ def test_an_unknown_peft_type_is_refused_with_the_known_ones(refusal: Refusal, m
 @pytest.mark.parametrize(
     ("option", "value", "what"),
     [
-        ("use_dora", True, "DoRA"),
         ("use_qalora", True, "QALoRA"),
-        ("lora_bias", True, "LoRA biases"),
         ("layer_replication", [[0, 2]], "layer replication"),
         ("target_parameters", ["mlp.experts"], "LoRA on parameters (target_parameters)"),
-        ("trainable_token_indices", [1], "trainable tokens"),
         ("loftq_config", {"loftq_bits": 4}, "LoftQ"),
     ],
 )
@@ -719,10 +716,10 @@ def test_an_impossible_base_name_in_the_config_does_no_harm(
 def test_a_tensor_of_an_unknown_kind_is_refused_rather_than_dropped(
     refusal: Refusal, model: Path, tmp_path: Path
 ) -> None:
-    tensors = {**lora_tensors(), f"base_model.model.{UP}.lora_magnitude_vector": random(INNER)}
+    tensors = {**lora_tensors(), f"base_model.model.{UP}.lora_of_another_kind": random(INNER)}
     adapter = write_adapter(tmp_path / "lora", tensors, lora_config())
     assert refusal("merge", model, "--adapter", adapter) == (
-        f"lora: 1 tensors are of no kind that this version folds: {UP}.lora_magnitude_vector.\n"
+        f"lora: 1 tensors are of no kind that this version folds: {UP}.lora_of_another_kind.\n"
         "Nothing of an adapter is dropped silently."
     )
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from corda_convert.adapters.factors import Adapter, AdapterFormat
-from corda_convert.adapters.lora import LoraFormat
+from corda_convert.adapters.lora_format import LoraFormat
 from corda_convert.adapters.miss import BlockFormat
 from corda_convert.adapters.source import CONFIG_FILE, open_adapter
+from corda_convert.adapters.tokens import TokensFormat
 from corda_convert.errors import MalformedFile, UnsupportedInput
 
-FORMATS: tuple[AdapterFormat, ...] = (LoraFormat(), BlockFormat())
+FORMATS: tuple[AdapterFormat, ...] = (LoraFormat(), BlockFormat(), TokensFormat())
 
 
 def read_adapter(folder: Path) -> Adapter:

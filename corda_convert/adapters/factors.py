@@ -98,18 +98,13 @@ class ParameterChange(Protocol):
         ...
 
     @property
-    def follows_ties(self) -> bool:
-        """Whether PEFT makes the same change to every weight that is tied to this one (trainable tokens)."""
-        ...
-
-    @property
     def is_linear(self) -> bool:
         """Whether it can be taken any number of times; false for a norm that is set, or rows that are replaced."""
         ...
 
     @property
     def keeps_tie(self) -> bool:
-        """Whether a tensor that is tied to its parameter changes with it."""
+        """Whether PEFT makes the same change to every weight that is tied to this one (trainable tokens)."""
         ...
 
     def fit(self, target: Target) -> Layout:

@@ -1,6 +1,6 @@
-"""PEFT's LoRA on Linear, Conv1D and Embedding, with rank and alpha patterns and rsLoRA; CorDA, PiSSA and OLoRA too.
+"""PEFT's LoRA: the factors of one module, how they fold into its weight, and their ranks and scalings.
 
-Everything is driven by the keys in the file. What this version does not fold is refused by name.
+Linear, Conv1D, Embedding, torch's convolutions and MultiheadAttention; CorDA, PiSSA and OLoRA are LoRA too.
 """
 
 from __future__ import annotations
@@ -11,43 +11,32 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from corda_convert.adapters.factors import Adapter, Additive, Block, Initialization, Layout, RowFold
-from corda_convert.adapters.replacements import same_place, split_replacements
-from corda_convert.adapters.source import CONFIG_FILE, AdapterSource, integer, number
+from corda_convert.adapters.factors import Additive, Block, Initialization, Layout, UsualChange
+from corda_convert.adapters.source import CONFIG_FILE, integer, number
+from corda_convert.checkpoint.layout import matrix_shape
 from corda_convert.checkpoint.names import Target
 from corda_convert.checkpoint.structure import LayerKind
-from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorRef
-from corda_convert.errors import (
-    AdapterMismatch,
-    CordaConvertError,
-    UnsupportedInput,
-    raise_problems,
-    some,
-)
+from corda_convert.checkpoint.tensors import TensorRef
+from corda_convert.errors import AdapterMismatch, UnsupportedInput
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>A|B)\.weight$")
-_EMBEDDING_FACTOR = re.compile(r"^(?P<module>.+)\.lora_embedding_(?P<side>A|B)$")
-
 _RESIDUAL_INITS = ("corda", "pissa", "olora", "lora_ga")
-
-_UNSUPPORTED_OPTIONS = {
-    "use_dora": "DoRA", "lora_bias": "LoRA biases", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA",
-    "kasa_config": "KaSA", "arrow_config": "Arrow", "alora_invocation_tokens": "aLoRA",
-    "monteclora_config": "MonteCLoRA", "layer_replication": "layer replication",
-    "target_parameters": "LoRA on parameters (target_parameters)", "trainable_token_indices": "trainable tokens",
-    "loftq_config": "LoftQ",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class LoraFactors:
+class LoraFactors(UsualChange):
     """LoRA factors of one module: `ΔW = s·B·A`, or `s·(BA − B₀A₀)` where the initial factors are given.
 
-    `lora_A` is (r, d_in), `lora_B` (d_out, r), as PEFT stores them for every layer type.
+    `lora_A` is (r, d_in), `lora_B` (d_out, r), as PEFT stores them for every layer type but a convolution, whose factors
+    are seen as such matrices: its d_in is in·k₁·k₂….
+
+    Attributes:
+        kernel: a convolution's; nothing for a matrix.
+        parameter: what the module calls its weight.
+        rounds_delta: see `ParameterChange`.
     """
 
     module_name: str
@@ -57,33 +46,19 @@ class LoraFactors:
     is_embedding: bool = False
     initial_lora_A: TensorRef | None = None
     initial_lora_B: TensorRef | None = None
+    kernel: tuple[int, ...] = ()
+    parameter: str = "weight"
+    rounds_delta: bool = False
 
     @property
     def rank(self) -> int:
         return self.lora_A.shape[0]
 
-    @property
-    def rounds_delta(self) -> bool:
-        return self.is_embedding
-
-    @property
-    def follows_ties(self) -> bool:
-        return False
-
     def parameters(self, known: Sequence[str]) -> tuple[str, ...]:
-        return (f"{self.module_name}.weight",)
+        return (f"{self.module_name}.{self.parameter}",)
 
     def fit(self, target: Target) -> Layout:
-        if len(target.shape) != 2:
-            raise UnsupportedInput(
-                f"{self.module_name}: its weight has {len(target.shape)} dimensions {target.shape}; this version "
-                "folds LoRA into matrices only."
-            )
-        if target.kind is not None and self.is_embedding != (target.kind == "embedding"):
-            raise AdapterMismatch(
-                f"{self.module_name} is of type {target.kind}, the adapter's factors are not for that."
-            )
-        layouts = self._layouts(target.kind)
+        layouts = self._layouts(target)
         fitting = [layout for layout in layouts if self._has_shape(target, layout)]
         if len(fitting) == 2:
             raise UnsupportedInput(
@@ -92,24 +67,43 @@ class LoraFactors:
                 next_step="Put the model's config.json beside its weights, of an architecture that transformers knows.",
             )
         if not fitting:
-            d_out, d_in = oriented(target.shape, layouts[0])
+            shape = target.shape if self.kernel or len(target.shape) != 2 else oriented(target.shape, layouts[0])
+            columns = (self.lora_A.shape[1] // math.prod(self.kernel), *self.kernel)
             raise AdapterMismatch(
-                f"Adapter does not fit {self.module_name}: the weight is ({d_out}, {d_in}), "
-                f"lora_B gives {self.lora_B.shape[0]} rows and lora_A {self.lora_A.shape[1]} columns."
+                f"Adapter does not fit {self.module_name}: the weight is {shape}, "
+                f"lora_B gives {self.lora_B.shape[0]} rows and lora_A {' × '.join(map(str, columns))} columns."
             )
         return fitting[0]
 
-    def _layouts(self, kind: LayerKind | None) -> tuple[Layout, ...]:
-        if self.is_embedding or kind == "conv1d":
+    def _layouts(self, target: Target) -> tuple[Layout, ...]:
+        """How the matrix may lie. Raises one of our errors if the factors are for another type of module."""
+        meant = self._kinds()
+        if target.kind in ("other", "parameter"):
+            raise UnsupportedInput(
+                f"{self.module_name} is no Linear, Conv1D, Embedding, convolution or MultiheadAttention."
+            )
+        if target.kind is not None and target.kind not in meant:
+            raise AdapterMismatch(
+                f"{self.module_name} is of type {target.kind}, the adapter's factors are not for that."
+            )
+        if self.is_embedding or target.kind == "conv1d":
             return ("in_out",)
-        if kind == "linear":
-            return ("out_in",)
-        if kind is None:
+        if target.kind is None and meant == ("linear", "conv1d"):
             return ("out_in", "in_out")
-        raise UnsupportedInput(f"{self.module_name} is no Linear, Conv1D or Embedding layer.")
+        return ("out_in",)
+
+    def _kinds(self) -> tuple[LayerKind, ...]:
+        if self.is_embedding:
+            return ("embedding",)
+        if self.kernel:
+            return ("conv",)
+        return ("linear", "conv1d") if self.parameter == "weight" else ("attention",)
 
     def _has_shape(self, target: Target, layout: Layout) -> bool:
-        return (self.lora_B.shape[0], self.lora_A.shape[1]) == oriented(target.shape, layout)
+        if len(target.shape) != 2 + len(self.kernel) or target.shape[2:] != self.kernel:
+            return False
+        matrix = matrix_shape(target.shape)
+        return (self.lora_B.shape[0], self.lora_A.shape[1]) == oriented(matrix, layout)
 
     def operands(self, block: Block) -> Mapping[str, TensorRef]:
         refs = self.tensors()
@@ -130,10 +124,7 @@ class LoraFactors:
             frozenset({"lora_B", "initial_lora_B"} & set(self.tensors())) if block.layout == "out_in" else frozenset()
         )
 
-    def row_quantum(self, block: Block) -> int:
-        return 1
-
-    def begin(self, block: Block, whole: Mapping[str, Tensor], dtype: torch.dtype, scale: float) -> RowFold:
+    def begin(self, block: Block, whole: Mapping[str, Tensor], dtype: torch.dtype, scale: float) -> LoraFold:
         own = {
             name: tensor[:, slice(*block.inputs)] if name.endswith("_A") else tensor for name, tensor in whole.items()
         }
@@ -151,49 +142,52 @@ def oriented(shape: tuple[int, ...], layout: Layout) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class _LinearFold(Additive):
-    """Rows are outputs: rows of B against the whole of A."""
+class LoraFold(Additive):
+    """Folding `ΔW` into a block."""
 
     scaling: float
     whole: Mapping[str, Tensor]
 
+    def change(self, first: int, stop: int, streamed: Mapping[str, Tensor]) -> Tensor:
+        """`ΔW` in rows `first … stop` of the block. Valid until the thread's next call."""
+        raise NotImplementedError
+
     def fold(self, rows: Tensor, first: int, streamed: Mapping[str, Tensor]) -> float:
+        from corda_convert.linalg.lora import square
+
+        change = self.change(first, first + rows.shape[0], streamed)
+        rows += change
+        return square(change)
+
+
+@dataclass(frozen=True, slots=True)
+class _LinearFold(LoraFold):
+    """Rows are outputs: rows of B against the whole of A."""
+
+    def change(self, first: int, stop: int, streamed: Mapping[str, Tensor]) -> Tensor:
         from corda_convert.linalg import lora
 
-        stop = first + rows.shape[0]
         lefts = {name: tensor[first:stop] for name, tensor in self.whole.items() if name.endswith("_B")} | dict(
             streamed
         )
         right, left = self.whole["lora_A"], lefts["lora_B"]
         if "initial_lora_A" in self.whole:
             right, left = lora.difference(right, left, self.whole["initial_lora_A"], lefts["initial_lora_B"])
-        return add(rows, lora.delta(right, left, self.scaling))
+        return lora.delta(right, left, self.scaling)
 
 
 @dataclass(frozen=True, slots=True)
-class _TransposedFold(Additive):
+class _TransposedFold(LoraFold):
     """Rows are inputs: columns of A against the whole of B. The product is taken before the transpose, as PEFT does."""
 
-    scaling: float
-    whole: Mapping[str, Tensor]
-
-    def fold(self, rows: Tensor, first: int, streamed: Mapping[str, Tensor]) -> float:
+    def change(self, first: int, stop: int, streamed: Mapping[str, Tensor]) -> Tensor:
         from corda_convert.linalg import lora
 
-        columns = slice(first, first + rows.shape[0])
-        right, left = self.whole["lora_A"][:, columns], self.whole["lora_B"]
+        right, left = self.whole["lora_A"][:, first:stop], self.whole["lora_B"]
         if "initial_lora_A" in self.whole:
-            initial = self.whole["initial_lora_A"][:, columns]
+            initial = self.whole["initial_lora_A"][:, first:stop]
             right, left = lora.difference(right, left, initial, self.whole["initial_lora_B"])
-        return add(rows, lora.delta(right, left, self.scaling).T)
-
-
-def add(rows: Tensor, change: Tensor) -> float:
-    """Adds a change to rows in place, and gives its squared norm."""
-    from corda_convert.linalg.lora import square
-
-    rows += change
-    return square(change)
+        return lora.delta(right, left, self.scaling).T
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,91 +249,3 @@ def initialization(config: dict[str, Any]) -> Initialization:
     """Whether the config itself says that the adapter was trained beside a residual."""
     init = str(config.get("init_lora_weights", True)).lower()
     return "residual" if init.startswith(_RESIDUAL_INITS) else "plain"
-
-
-class LoraFormat:
-    """`peft_type: LORA`."""
-
-    peft_types = ("LORA",)
-
-    def parse(self, source: AdapterSource) -> Adapter:
-        problems: list[CordaConvertError] = list(_unsupported(source))
-        scaling = read_scaling(source.config)
-        sides: dict[str, dict[str, TensorRef]] = {}
-        embeddings: set[str] = set()
-        rest: dict[str, TensorRef] = {}
-        for key, ref in source.tensors.items():
-            match = _FACTOR.match(key) or _EMBEDDING_FACTOR.match(key)
-            if match is None:
-                rest[key] = ref
-                continue
-            pair = sides.setdefault(match["module"], {})
-            if match["side"] in pair:
-                problems.append(same_place(source, pair[match["side"]], ref))
-            pair[match["side"]] = ref
-            if match.re is _EMBEDDING_FACTOR:
-                embeddings.add(match["module"])
-        modules = []
-        for module, pair in sides.items():
-            factors = _factors(source, module, pair, scaling, module in embeddings)
-            if isinstance(factors, LoraFactors):
-                modules.append(factors)
-            else:
-                problems.append(factors)
-        problems += _pattern_problems(scaling, sides)
-        bases = {module: rest.pop(key) for module in sides if (key := f"{module}.base_layer.weight") in rest}
-        replacements, leftovers = split_replacements(source, rest)
-        problems += leftovers
-        raise_problems(problems)
-        return Adapter(source, "lora", initialization(source.config), tuple(modules), replacements, bases)
-
-
-def _unsupported(source: AdapterSource) -> Iterable[CordaConvertError]:
-    for option, what in _UNSUPPORTED_OPTIONS.items():
-        if source.config.get(option):
-            yield UnsupportedInput(
-                f"{source.name} uses {what} ({option} in {CONFIG_FILE}), which this version does not fold.",
-                next_step="Merge it with PEFT's merge_and_unload for now.",
-            )
-    if str(source.config.get("init_lora_weights")).lower() == "loftq":
-        yield UnsupportedInput(f"{source.name} was initialized with LoftQ, which needs the quantized base.")
-
-
-def _factors(
-    source: AdapterSource, module: str, pair: dict[str, TensorRef], scaling: LoraScaling, is_embedding: bool
-) -> LoraFactors | CordaConvertError:
-    if set(pair) != {"A", "B"}:
-        (present,) = pair
-        return AdapterMismatch(
-            f"{source.name}: {module} has lora_{present} but no lora_{'B' if present == 'A' else 'A'}.",
-            why="The adapter file is incomplete.",
-        )
-    A, B = pair["A"], pair["B"]
-    for side, ref in pair.items():
-        if ref.spec.dtype not in COMPUTABLE_DTYPES:
-            return UnsupportedInput(f"{source.name}: lora_{side} of {module} has the dtype {ref.spec.dtype}.")
-    if len(A.shape) > 2 or len(B.shape) > 2:
-        return UnsupportedInput(
-            f"{source.name}: {module} is a convolution (lora_A {A.shape}), which this version does not fold."
-        )
-    rank = scaling.rank_of(module)
-    if len(A.shape) != 2 or len(B.shape) != 2 or A.shape[0] != rank or B.shape[1] != rank:
-        return AdapterMismatch(
-            f"{source.name}: {module} has lora_A {A.shape} and lora_B {B.shape}; {CONFIG_FILE} says rank {rank}, so "
-            f"({rank}, d_in) and (d_out, {rank}) were expected.",
-            why="The config and the weights are not of one adapter.",
-        )
-    return LoraFactors(module, A, B, scaling.scaling_of(module), is_embedding)
-
-
-def _pattern_problems(scaling: LoraScaling, modules: Iterable[str]) -> list[CordaConvertError]:
-    unmatched = scaling.unmatched(modules)
-    if not unmatched:
-        return []
-    return [
-        AdapterMismatch(
-            f"{CONFIG_FILE}: no adapted module matches the rank or alpha pattern {some(unmatched)}.",
-            why="The patterns and the weights are not of one adapter, or a name was mistyped in training.",
-            next_step="Correct or remove the pattern in the config.",
-        )
-    ]

@@ -36,10 +36,6 @@ class BlockFactors(UsualChange):
     def rank(self) -> int:
         return self.block.shape[-1] if self.mode == "bat" else self.block.shape[0]
 
-    @property
-    def follows_ties(self) -> bool:
-        return False
-
     def parameters(self, known: Sequence[str]) -> tuple[str, ...]:
         return (f"{self.module_name}.weight",)
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from corda_convert.adapters.dora import lora_factors
 from corda_convert.adapters.factors import Adapter, Layout
 from corda_convert.adapters.lora import LoraFactors
 from corda_convert.adapters.source import CONFIG_FILE
 from corda_convert.checkpoint.folder import INITIAL_ADAPTER_FOLDER, Checkpoint
 from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorRef, read_rows, read_tensor
 from corda_convert.errors import AdapterMismatch
-from corda_convert.linalg import lora
 from corda_convert.plan.packing import row_blocks
 
 if TYPE_CHECKING:
@@ -68,10 +68,10 @@ def check_same_training(adapter: Adapter, initial: Adapter) -> None:
     other covariances, or another end of the spectrum, of the same model are no strangers either: up to 0.3 was found. A
     changed sign is no other adapter: A and B turn together. Raises `AdapterMismatch` with the cosines.
     """
-    modules = {factors.module_name: factors for factors in initial.modules if isinstance(factors, LoraFactors)}
+    modules = {factors.module_name: factors for factors in lora_factors(initial.modules)}
     found = {
         factors.module_name: cosines
-        for factors in sample([factors for factors in adapter.modules if isinstance(factors, LoraFactors)])
+        for factors in sample(lora_factors(adapter.modules))
         if factors.module_name in modules
         and modules[factors.module_name].lora_A.shape == factors.lora_A.shape
         and (cosines := kept_directions(factors.lora_A, modules[factors.module_name].lora_A))
@@ -113,7 +113,7 @@ def check_plain(adapter: Adapter, weights: dict[str, tuple[TensorRef, Layout]], 
     Raises `AdapterMismatch` with what gave it away: the residual's initial adapter, the adapter's config, the place that
     its base name points to, or its numbers.
     """
-    loras = [factors for factors in adapter.modules if isinstance(factors, LoraFactors)]
+    loras = lora_factors(adapter.modules)
     initial = initial_adapter_of(model.root)
     if initial is not None:
         return _check_on_residual(adapter, model, initial)
@@ -139,8 +139,8 @@ def _check_on_residual(adapter: Adapter, model: Checkpoint, folder: Path) -> Non
     from corda_convert.adapters import read_adapter
 
     initial = read_adapter(folder)
-    mine = {factors.module_name for factors in adapter.modules}
-    theirs = {factors.module_name for factors in initial.modules}
+    mine = {factors.module_name for factors in lora_factors(adapter.modules)}
+    theirs = {factors.module_name for factors in lora_factors(initial.modules)}
     if (adapter.kind, initial.kind) != ("lora", "lora") or mine != theirs:
         raise AdapterMismatch(
             f"{model.name} is a residual, and {adapter.source.name} was not trained beside it: it adapts other modules than "
@@ -148,10 +148,8 @@ def _check_on_residual(adapter: Adapter, model: Checkpoint, folder: Path) -> Non
             why="It was trained on the base model.",
             next_step="Merge it into the base model.",
         )
-    ranks = {factors.module_name: factors.rank for factors in initial.modules if isinstance(factors, LoraFactors)}
-    for factors in adapter.modules:
-        if not isinstance(factors, LoraFactors):
-            continue
+    ranks = {factors.module_name: factors.rank for factors in lora_factors(initial.modules)}
+    for factors in lora_factors(adapter.modules):
         rank, initial_rank = factors.rank, ranks.get(factors.module_name)
         if rank != initial_rank:
             raise AdapterMismatch(
@@ -181,8 +179,10 @@ def _local_folder(name: str) -> Path | None:
 
 
 def _shares(adapter: Adapter, weights: dict[str, tuple[TensorRef, Layout]]) -> list[float]:
+    from corda_convert.linalg import lora
+
     shares = []
-    for factors in sample([factors for factors in adapter.modules if isinstance(factors, LoraFactors)]):
+    for factors in sample(lora_factors(adapter.modules)):
         if factors.module_name not in weights:
             continue  # it lies on disk in another form
         weight, layout = weights[factors.module_name]

@@ -15,7 +15,7 @@ from corda_convert.adapters.initial import with_initial
 from corda_convert.adapters.lora import LoraFactors, LoraScaling, read_scaling
 from corda_convert.adapters.source import CONFIG_FILE, PEFT_PREFIX, WEIGHTS_FILE
 from corda_convert.checkpoint.tensors import TensorRef, TensorSpec
-from corda_convert.errors import AdapterMismatch, UnsupportedInput
+from corda_convert.errors import AdapterMismatch, UnsupportedInput, some
 from corda_convert.operations import evidence
 from corda_convert.operations.options import Outcome, RunOptions
 from corda_convert.operations.production import Input, Production, output_dtype, produce
@@ -60,6 +60,7 @@ def to_lora(
     if trained.source.folder.resolve() == initial.source.folder.resolve():
         raise AdapterMismatch("The adapter and --init are the same folder: the result would be zero.")
     pairs = with_initial(trained, initial)
+    _check_carried(pairs)
     evidence.check_same_training(trained, initial)
     scaling = read_scaling(trained.source.config)
     is_baked = scaling.use_rslora and bool(scaling.rank_pattern or scaling.alpha_pattern)
@@ -85,6 +86,19 @@ def to_lora(
         warnings=_warnings(pairs, options, run),
     )
     return produce(production, run)
+
+
+def _check_carried(pairs: Adapter) -> None:
+    """Raises `UnsupportedInput` for what the result could not hold."""
+    other = [
+        change.module_name for change in pairs.modules if not isinstance(change, LoraFactors) or bool(change.kernel)
+    ]
+    if other:
+        raise UnsupportedInput(
+            f"{pairs.source.name} changes {some(other)} by a convolution's factors, a bias of LoRA or trainable tokens, which "
+            "this version does not convert.",
+            next_step="Merge it into the base with --init instead.",
+        )
 
 
 def _tensors(pairs: Adapter, dtype: str | None, *, is_baked: bool) -> tuple[Produced, ...]:
