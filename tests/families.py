@@ -166,6 +166,48 @@ def _dinov2() -> PreTrainedModel:
     return transformers.Dinov2Model(transformers.Dinov2Config(**sizes, mlp_ratio=2, use_swiglu_ffn=True))
 
 
+def _olmo_hybrid() -> PreTrainedModel:
+    layers = {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+    }
+    config = transformers.OlmoHybridConfig(**DECODER, **layers, linear_num_value_heads=2, linear_value_head_dim=16)
+    return transformers.OlmoHybridForCausalLM(config)
+
+
+def _molmo2_text() -> PreTrainedModel:
+    return transformers.Molmo2TextModel(transformers.Molmo2TextConfig(**DECODER, head_dim=8, additional_vocab_size=4))
+
+
+def _nomic_bert() -> PreTrainedModel:
+    return transformers.NomicBertForMaskedLM(transformers.NomicBertConfig(**COMMON, intermediate_size=48))
+
+
+def _hrm_text() -> PreTrainedModel:
+    return transformers.HrmTextForCausalLM(transformers.HrmTextConfig(**COMMON, intermediate_size=48, head_dim=8))
+
+
+def _ernie4_5_vl_moe() -> PreTrainedModel:
+    experts = {"moe_intermediate_size": [24, 16], "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1}
+    text = {**DECODER, **experts, "rope_parameters": MROPE, "mlp_layer_types": ["dense", "sparse"]}
+    sizes = ("depth", "hidden_size", "intermediate_size", "num_heads", "patch_size", "spatial_merge_size")
+    vision = {name: QWEN_VISION[name] for name in sizes}
+    config = transformers.Ernie4_5_VLMoeConfig(text_config=text, vision_config=vision)
+    return transformers.Ernie4_5_VLMoeForConditionalGeneration(config)
+
+
+def _aria() -> PreTrainedModel:
+    text = {**DECODER, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}
+    vision = {**VISION, "model_type": "idefics3_vision"}
+    config = transformers.AriaConfig(text_config=text, vision_config=vision, projector_patch_to_query_dict={4: 4})
+    return transformers.AriaForConditionalGeneration(config)
+
+
+def _inkling2() -> PreTrainedModel:
+    return transformers.Inkling2ForCausalLM(transformers.Inkling2TextConfig(**DECODER))
+
+
 _BUILDERS: Mapping[str, Callable[[], PreTrainedModel]] = {
     "llama": _llama,
     "llama_tied": _llama_tied,
@@ -189,10 +231,22 @@ _BUILDERS: Mapping[str, Callable[[], PreTrainedModel]] = {
     "dinov2": _dinov2,
 }
 
+_RARE_BUILDERS: Mapping[str, Callable[[], PreTrainedModel]] = {
+    "olmo_hybrid": _olmo_hybrid,
+    "molmo2_text": _molmo2_text,
+    "nomic_bert": _nomic_bert,
+    "hrm_text": _hrm_text,
+    "ernie4_5_vl_moe": _ernie4_5_vl_moe,
+    "aria": _aria,
+    "inkling2": _inkling2,
+}
+
 FAMILIES: tuple[str, ...] = tuple(_BUILDERS)
+RARE_FAMILIES: tuple[str, ...] = tuple(_RARE_BUILDERS)
+"""Further ones for a conversion that no other has; that of inkling2 is none of whole rows."""
 
 
 def tiny(family: str) -> PreTrainedModel:
     """A random float32 model in evaluation mode; the same for each call."""
     torch.manual_seed(0)
-    return _BUILDERS[family]().eval()
+    return {**_BUILDERS, **_RARE_BUILDERS}[family]().eval()

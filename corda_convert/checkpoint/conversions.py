@@ -7,7 +7,7 @@ part of which tensor on disk. Seen from the disk, the boxes are the pieces of a 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -116,7 +116,13 @@ def _by_source(
                 stacked.add(box.source)
             shape = sources[box.source]
             pieces[box.source] += _pieces(parameter, assembly.shape, box, shape, is_stack=parameter in stacks)
-    return {name: _covered(name, shape, pieces[name], is_stacked=name in stacked) for name, shape in sources.items()}
+    layouts = {name: _covered(name, shape, pieces[name], is_stacked=name in stacked) for name, shape in sources.items()}
+    joined = {name for name, layout in layouts.items() if layout.is_plain and _is_part(layout.pieces[0], assemblies)}
+    return {name: replace(layout, is_part=True) if name in joined else layout for name, layout in layouts.items()}
+
+
+def _is_part(piece: Piece, assemblies: Mapping[str, Assembly]) -> bool:
+    return piece.count != matrix_shape(assemblies[piece.parameter].shape)[0]
 
 
 def stack_layout(parameter: str, shape: Shape) -> DiskLayout:

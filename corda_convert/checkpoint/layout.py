@@ -38,15 +38,21 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class DiskLayout:
-    """A tensor on disk as a matrix (rows, columns), and the pieces that cover its rows from first to last."""
+    """A tensor on disk as a matrix (rows, columns), and the pieces that cover its rows from first to last.
+
+    `is_part` says that it is some rows of one parameter, which is joined from several tensors.
+    """
 
     matrix: tuple[int, int]
     pieces: tuple[Piece, ...]
+    is_part: bool = False
 
     @property
     def is_plain(self) -> bool:
         """Whether the tensor is one parameter, whole and as it is."""
-        return len(self.pieces) == 1 and self.pieces[0].expert is None and not self.pieces[0].transposed
+        if len(self.pieces) != 1 or self.is_part:
+            return False
+        return self.pieces[0].expert is None and not self.pieces[0].transposed
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

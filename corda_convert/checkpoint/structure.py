@@ -305,7 +305,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """For the many thousands of small objects of a large model: looking through them again and again takes a third of the time."""
+    """Pauses it: to look again and again through a large model's many small objects takes a third of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
