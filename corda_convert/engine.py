@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from corda_convert.checkpoint.safetensors_file import SafetensorsFile
+from corda_convert.checkpoint.byte_file import ByteFile
 from corda_convert.checkpoint.tensors import torch_dtype
 from corda_convert.output.archive_writer import ArchiveWriter
 from corda_convert.output.digests import SequentialDigest
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     import torch
 
 _T = TypeVar("_T")
+
+MOST_SEAM_BYTES = 16 << 20
+"""So many bytes that no tensor asked for are read for the sake of a source's digest, at one place."""
 
 Progress = Callable[[str, int], None]
 """Called with a tensor's name and the bytes just written."""
@@ -145,7 +148,7 @@ class _Run:
         self.digests = dict(digests)
         for digest in self.digests.values():
             digest.skip_head()
-        self.begun: set[Path] = set()  # inputs whose header is in their digest
+        self.sources: dict[Path, ByteFile] = {}  # what the digests are of
         self.facts: dict[str, Facts] = {}
         self.records: list[FileRecord] = []
         self.seconds = {"read": 0.0, "compute": 0.0, "write": 0.0, "hash": 0.0}
@@ -234,6 +237,9 @@ class _Run:
                 self._give(self.read, _Work(next(place), running=running, chunk=chunk, slot=slot))
         for _ in range(self.plan.workers):
             self._give(self.read, None)
+        with self._busy("read"):
+            for path, file in self.sources.items():
+                self._catch_up(file, self.digests[path], file.file_bytes)
 
     def _allocate(self) -> _Slot:
         import torch
@@ -246,25 +252,31 @@ class _Run:
         for read, view in zip(chunk.all_reads, _parts(slot.operands, chunk.all_reads), strict=True):
             bytes_view = _memory(view)
             read.file.read_into(read.tensor, read.begin, bytes_view)
-            digest = self._digest(read.file)
-            if digest is not None:
-                digest.update(_offset_in_file(read), bytes_view)
+            if isinstance(read.file, ByteFile) and (extent := read.file.extent(read.tensor)) is not None:
+                digest = self._digest(read.file)
+                self._catch_up(read.file, digest, extent.begin + read.begin)
+                digest.update(extent.begin + read.begin, bytes_view)
 
-    def _digest(self, file: object) -> SequentialDigest | None:
-        if not isinstance(file, SafetensorsFile):
-            return None
-        digest = self.digests.setdefault(file.path, SequentialDigest(file.header.file_bytes))
-        if file.path not in self.begun:
-            self.begun.add(file.path)
-            header = bytearray(file.header.data_begin)
-            file.read_bytes_into(0, memoryview(header))
-            digest.update(0, memoryview(header))
-        return digest
+    def _digest(self, file: ByteFile) -> SequentialDigest:
+        self.sources[file.path] = file
+        return self.digests.setdefault(file.path, SequentialDigest(file.file_bytes))
+
+    def _catch_up(self, file: ByteFile, digest: SequentialDigest, offset: int) -> None:
+        """Hashes what stands before `offset` and belongs to no tensor: a header, the seams of an archive."""
+        if digest.is_broken or offset - digest.position > MOST_SEAM_BYTES:
+            return
+        while digest.position < offset:
+            seam = memoryview(bytearray(min(COPY_BYTES, offset - digest.position)))
+            file.read_bytes_into(digest.position, seam)
+            digest.update(digest.position, seam)
 
     def _digest_source(self, job: CopyJob) -> None:
         """Hashes what will be copied. It also brings it into the page cache, ahead of the copy."""
+        if not isinstance(job.source, ByteFile):
+            return
         digest = self._digest(job.source)
-        if digest is None or digest.is_broken or job.source_offset + job.nbytes <= digest.head:
+        self._catch_up(job.source, digest, job.source_offset)
+        if digest.is_broken or job.source_offset + job.nbytes <= digest.head:
             return
         buffer = memoryview(bytearray(min(COPY_BYTES, job.nbytes)))
         for begin, nbytes in self._pieces(job):
@@ -410,12 +422,6 @@ def _threads_each(workers: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _offset_in_file(read: Read) -> int:
-    file = read.file
-    assert isinstance(file, SafetensorsFile)  # noqa: S101 - the caller has a digest, which only such a file has
-    return file.header.extents[read.tensor].begin + read.begin
 
 
 def _parts(slot: torch.Tensor, parts: Sequence[Read | Write]) -> Iterator[torch.Tensor]:

@@ -33,6 +33,7 @@ from corda_convert import CordaConvertError, MergeOptions, RunOptions, merge
 from corda_convert.checkpoint.folder import read_checkpoint
 from corda_convert.checkpoint.pickle_file import GATHER_BYTES, PickleFile
 from corda_convert.checkpoint.tensors import TensorRef, read_rows, read_tensor
+from corda_convert.output.digests import file_sha256
 
 Refusal = Callable[..., str]
 
@@ -117,6 +118,24 @@ def test_the_receipt_has_the_digests_of_pickled_inputs(tmp_path: Path) -> None:
     assert {file["name"]: file["sha256"] for file in listed} == {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in pickled.glob("*.bin")
     }
+
+
+def test_pickles_that_are_read_front_to_back_are_not_read_again_for_their_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pickled = as_pickles(write_checkpoint(tmp_path / "model", shards=2), tmp_path / "pickled")
+    read_again: list[str] = []
+
+    def watched(path: Path) -> str:
+        read_again.append(path.name)
+        return file_sha256(path)
+
+    monkeypatch.setattr("corda_convert.operations.production.file_sha256", watched)
+    monkeypatch.setattr("corda_convert.output.read_ahead.PIECE_BYTES", 1000)
+    outcome = merge(pickled, adapter=write_lora(tmp_path / "lora"), output=tmp_path / "merged")
+    assert not [name for name in read_again if name.endswith(".bin")]
+    listed = {file["name"]: file["sha256"] for file in outcome.receipt["inputs"][0]["files"]}
+    assert listed == {path.name: file_sha256(path) for path in pickled.glob("*.bin")}
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -34,8 +35,8 @@ class ExtentFile(TensorFile, Protocol):
         ...
 
 
-class ByteFile:
-    """A file that is opened on first use and read with `pread`."""
+class ByteFile(ABC):
+    """A file of tensors that is opened on first use and read with `pread`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -46,6 +47,15 @@ class ByteFile:
         if self._descriptor is None:
             self._descriptor = os.open(self.path, os.O_RDONLY)
         return self._descriptor
+
+    @abstractmethod
+    def extent(self, name: str) -> Extent | None:
+        """Where the tensor's bytes lie; None for one that is not in one piece."""
+
+    @property
+    def file_bytes(self) -> int:
+        """The size of the whole file."""
+        return os.fstat(self.descriptor).st_size
 
     def read_bytes_into(self, offset: int, view: memoryview) -> None:
         """Fills `view` with the file's bytes from the absolute `offset` on."""

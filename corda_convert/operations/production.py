@@ -279,7 +279,7 @@ def summarize(tensors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _inputs(production: Production, digests: Mapping[Path, str]) -> list[dict[str, Any]]:
-    """Names, sizes and digests. A large file that was not read front to back has its header's digest only."""
+    """Names, sizes and digests. A large file that was not read front to back has its header's digest, or is read again."""
     entries = []
     for source in production.inputs:
         files = []
