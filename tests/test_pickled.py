@@ -132,6 +132,7 @@ def test_pickles_that_are_read_front_to_back_are_not_read_again_for_their_digest
 
     monkeypatch.setattr("corda_convert.operations.production.file_sha256", watched)
     monkeypatch.setattr("corda_convert.output.read_ahead.PIECE_BYTES", 1000)
+    monkeypatch.setattr("corda_convert.output.read_ahead._spare_memory", lambda: 1000)
     outcome = merge(pickled, adapter=write_lora(tmp_path / "lora"), output=tmp_path / "merged")
     assert not [name for name in read_again if name.endswith(".bin")]
     listed = {file["name"]: file["sha256"] for file in outcome.receipt["inputs"][0]["files"]}
