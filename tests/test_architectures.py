@@ -21,7 +21,6 @@ from transformers import (
 )
 
 from corda_convert import DecomposeOptions, MergeOptions, RunOptions, decompose, merge
-from corda_convert.errors import CordaConvertError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -185,16 +184,6 @@ def test_a_snapshot_of_the_hubs_cache_is_called_by_its_repository(tmp_path: Path
     assert outcome.receipt["options"]["model"] == "alice/tiny-llama"
     assert outcome.warnings == ()
     assert "base_model: alice/tiny-llama" in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_an_adapter_on_a_tied_embedding_is_refused_by_name(tmp_path: Path) -> None:
-    base = tmp_path / "gpt2"
-    tiny("gpt2").save_pretrained(base)
-    config = LoraConfig(r=4, target_modules=["wte"])
-    adapter = trained_adapter(AutoModelForCausalLM.from_pretrained(base), config, tmp_path / "adapter")
-    with pytest.raises(CordaConvertError, match=r"transformer\.wte: its weight is tied"):
-        merge(base, adapter=adapter, output=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])

@@ -6,8 +6,10 @@ from corda_convert.adapters.source import CONFIG_FILE, AdapterSource
 from corda_convert.checkpoint.tensors import TensorRef
 from corda_convert.errors import AdapterMismatch, CordaConvertError, MalformedFile, UnsupportedInput, some
 
-SAVED_EMBEDDINGS = ("embed_tokens", "lm_head")
-"""Modules that PEFT's `save_embedding_layers` saves whole, adapted or not (its EMBEDDING_LAYER_NAMES)."""
+SAVED_EMBEDDINGS = (
+    "embed_tokens", "lm_head", "shared", "wte", "word_embeddings", "embed_in", "embed_out", "tok_embeddings", "proj_out",
+)  # fmt: skip
+"""Names of input and output embeddings, which PEFT's `save_embedding_layers` saves whole, adapted or not."""
 
 
 def split_replacements(
@@ -24,7 +26,7 @@ def split_replacements(
     for key, ref in rest.items():
         name = key.replace(".base_layer.", ".").replace(".modules_to_save.", ".").replace(".original_module.", ".")
         module = name.rpartition(".")[0]
-        is_saved = any(f"{module}.".find(f"{saved_name}.") >= 0 for saved_name in saved)  # as PEFT: any path's end
+        is_saved = is_module_to_save(source, name)
         is_saved = is_saved or (name.endswith(".weight") and module.rpartition(".")[2] in SAVED_EMBEDDINGS)
         if is_saved or (name.endswith(".bias") and bias != "none"):
             if name in replacements:
@@ -41,6 +43,12 @@ def split_replacements(
             why="Nothing of an adapter is dropped silently.",
         ),
     ]
+
+
+def is_module_to_save(source: AdapterSource, name: str) -> bool:
+    """Whether a parameter is of a module of modules_to_save, of which PEFT trains a copy; by any path's end, as in PEFT."""
+    module = name.rpartition(".")[0]
+    return any(f"{module}.".find(f"{saved}.") >= 0 for saved in source.config.get("modules_to_save") or ())
 
 
 def same_place(source: AdapterSource, first: TensorRef, second: TensorRef) -> CordaConvertError:

@@ -75,7 +75,21 @@ class NameMap:
         for tensor_name, layout in self._layouts.items():
             for piece in layout.pieces:
                 found.setdefault(piece.parameter, []).append(Place(tensor_name, layout, piece))
+        for name, members in self.shared.items():  # what is tied lies where the one of them lies that is on disk
+            for places in [found[member] for member in members if member in found][:1]:
+                found.setdefault(name, places)
         return {name: tuple(places) for name, places in found.items()}
+
+    @cached_property
+    def shared(self) -> Mapping[str, tuple[str, ...]]:
+        """Each tied parameter, by run-time name, and all that share its weight: first the one that the others are tied to."""
+        ties = {} if self.structure is None else self.structure.ties
+        groups: dict[str, list[str]] = {}
+        for name, source in ties.items():
+            while source in ties and ties[source] != name:
+                source = ties[source]
+            groups.setdefault(source, [source]).append(name)
+        return {name: tuple(members) for members in groups.values() for name in members}
 
     @cached_property
     def known(self) -> tuple[str, ...]:

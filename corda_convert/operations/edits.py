@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from corda_convert.adapters.factors import Adapter, Layout, ParameterChange, block_of
-from corda_convert.checkpoint.layout import matrix_shape
+from corda_convert.adapters.replacements import is_module_to_save
+from corda_convert.checkpoint.layout import matrix_shape, whole
 from corda_convert.checkpoint.names import NameMap, Place, Target
-from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorRef
+from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorRef, TensorSpec
 from corda_convert.errors import AdapterMismatch, CordaConvertError, UnsupportedInput, raise_problems, some
 from corda_convert.operations.production import output_dtype
+from corda_convert.operations.ties import Edit, SharedEdits, Untied, same_values, settle
 from corda_convert.operations.transforms import CastTransform, FoldTransform, PlacedChange, Rounding
-from corda_convert.plan.model import Produced, Transform
+from corda_convert.operations.verbatim import VerbatimTransform
+from corda_convert.operations.vocabulary import Resized, resize, resized_shape, tokenizer_warnings
+from corda_convert.plan.model import Facts, Produced, Transform
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +37,28 @@ class Fitted:
     layout: Layout
 
 
-@dataclass(slots=True)
-class Edit:
-    """What becomes of one stored tensor: what takes its place, if anything, and what is folded into it."""
+@dataclass(frozen=True, slots=True)
+class Edits:
+    """What becomes of the tensors that adapters touch, by the output's names, and of the config.
 
-    replacement: TensorRef | None = None
-    changes: list[PlacedChange] = field(default_factory=list)
+    Attributes:
+        tensors: the edits; those of names that are not on disk are tensors in addition.
+        config: the model's config, where it changes.
+        untied: parameters that shared a tensor and become different.
+        vocabulary: the vocabulary's size, where it changes.
+        warnings: for the user.
+    """
+
+    tensors: dict[str, Edit]
+    config: dict[str, Any] | None = None
+    untied: tuple[Untied, ...] = ()
+    vocabulary: Resized | None = None
+    warnings: tuple[str, ...] = ()
+
+    def facts(self) -> Facts:
+        """For the receipt."""
+        untied = {"untied": [each.facts() for each in self.untied]} if self.untied else {}
+        return untied if self.vocabulary is None else {**untied, "vocabulary": self.vocabulary.facts()}
 
 
 def fit_changes(adapter: Adapter, names: NameMap) -> list[Fitted]:
@@ -47,6 +68,7 @@ def fit_changes(adapter: Adapter, names: NameMap) -> list[Fitted]:
     missing = [change.module_name for change, target in zip(adapter.modules, targets, strict=True) if target is None]
     if missing:
         problems.append(_unplaced(adapter, missing, names))
+    resized = _resized_parameters(adapter, targets, names)
     fitted: list[Fitted] = []
     taken: dict[tuple[str, str], str] = {}
     for change, target in zip(adapter.modules, targets, strict=True):
@@ -54,6 +76,7 @@ def fit_changes(adapter: Adapter, names: NameMap) -> list[Fitted]:
             continue
         try:
             _check_target(change, target, names)
+            target = resized.get(target.name, target)
             fitted.append(Fitted(change, target, change.fit(target)))
         except CordaConvertError as problem:
             problems.append(problem)
@@ -76,6 +99,30 @@ def _unplaced(adapter: Adapter, missing: list[str], names: NameMap) -> CordaConv
     )
 
 
+def _resized_parameters(adapter: Adapter, targets: Sequence[Target | None], names: NameMap) -> dict[str, Target]:
+    """The parameters whose weights the adapter brings along for another vocabulary, as they are then, by name."""
+    brought = [
+        (target, adapter.bases[change.module_name])
+        for change, target in zip(adapter.modules, targets, strict=True)
+        if target is not None and change.module_name in adapter.bases
+    ]
+    brought += [
+        (target, ref)
+        for name, ref in adapter.replacements.items()
+        if not is_module_to_save(adapter.source, name) and (target := names.target(name)) is not None
+    ]
+    resized: dict[str, Target] = {}
+    for target, ref in brought:
+        shape = resized_shape(target, ref.shape, names)
+        for name in names.shared.get(target.name, (target.name,)) if shape is not None else ():
+            sharing = names.target(name)
+            if sharing is not None and sharing.tensor_name == target.tensor_name and shape is not None:
+                own = whole(name, shape)
+                place = Place(target.tensor_name, own, own.pieces[0])
+                resized[name] = replace(sharing, shape=shape, places=(place,))
+    return resized
+
+
 def _check_target(change: ParameterChange, target: Target, names: NameMap) -> None:
     """Refuses a parameter that cannot be changed where it lies."""
     for place in target.places:
@@ -85,12 +132,6 @@ def _check_target(change: ParameterChange, target: Target, names: NameMap) -> No
                 f"{stored.name} is stored as {stored.dtype}: the base is quantized.",
                 next_step="Merge into the unquantized base model.",
             )
-    if names.is_tied(target.tensor_name):
-        raise UnsupportedInput(
-            f"{change.module_name}: its weight is tied to another one (embedding and head), which this version does not "
-            "untie.",
-            why="Folding into the shared tensor would change both.",
-        )
     if change.is_embedding and names.may_be_tied(target.tensor_name):
         raise maybe_tied(change.module_name)
 
@@ -115,17 +156,82 @@ def _with_base_hint(problems: list[CordaConvertError], adapter: Adapter) -> list
     return problems
 
 
-def collect_edits(applied: Sequence[Applied], fitted: Sequence[Sequence[Fitted]], names: NameMap) -> dict[str, Edit]:
-    """What becomes of each stored tensor that an adapter touches, by its name. Raises every problem together."""
-    edits: dict[str, Edit] = {}
-    problems: list[CordaConvertError] = []
+def collect_edits(applied: Sequence[Applied], fitted: Sequence[Sequence[Fitted]], names: NameMap) -> Edits:
+    """What becomes of each tensor that an adapter touches. Raises every problem together."""
+    collector = _Collector(names)
     for one, changes in zip(applied, fitted, strict=True):
-        problems += _replace(one.adapter, changes, names, edits)
+        collector.replace(one, changes)
         for each in changes:
-            for place in each.target.places:
-                edits.setdefault(place.tensor_name, Edit()).changes.append(_placed(each, place, one.scale))
-    raise_problems(problems)
-    return edits
+            collector.change(one, each)
+    raise_problems(collector.problems)
+    settled = settle(collector.shared, names)
+    raise_problems(settled.problems)
+    tensors = {**collector.tensors, **settled.edits}
+    vocabulary = resize(tensors, settled.config or names.checkpoint.config, names)
+    raise_problems(_size_problems(tensors))
+    warnings = [each.warning() for each in settled.untied]
+    if vocabulary is not None:
+        for source in (one.adapter.source for one in applied):
+            warnings += tokenizer_warnings(source.name, source.folder, vocabulary.after)
+    config = settled.config if vocabulary is None else vocabulary.config
+    return Edits(tensors, config, settled.untied, vocabulary, tuple(warnings))
+
+
+@dataclass(slots=True)
+class _Collector:
+    """Notes what adapters do to each tensor, and to each parameter that shares one."""
+
+    names: NameMap
+    tensors: dict[str, Edit] = field(default_factory=dict)
+    shared: SharedEdits = field(default_factory=SharedEdits)
+    problems: list[CordaConvertError] = field(default_factory=list)
+
+    def edit(self, target: Target, place: Place) -> Edit:
+        if target.name in self.names.shared:
+            return self.shared.edits.setdefault(target.name, Edit(place.tensor_name))
+        return self.tensors.setdefault(place.tensor_name, Edit(place.tensor_name))
+
+    def change(self, one: Applied, fitted: Fitted) -> None:
+        for place in fitted.target.places:
+            self.edit(fitted.target, place).changes.append(_placed(fitted, place, one.scale))
+
+    def replace(self, one: Applied, changes: Sequence[Fitted]) -> None:
+        """Notes the tensors that the adapter brings along in place of the model's."""
+        targets = {each.change.module_name: each.target for each in changes}
+        for module, ref in one.adapter.bases.items():
+            if module in targets:
+                self._place(one, ref, targets[module], is_own=False)
+        changed = {each.target.name for each in changes}
+        for name, ref in one.adapter.replacements.items():
+            target = self.names.target(name)
+            if target is None:
+                self._refuse(f"{one.adapter.source.name} replaces {name}, which {self.names.checkpoint.name} lacks.")
+            elif target.name in changed:
+                self._refuse(f"{one.adapter.source.name} replaces {name}, and changes it in another way too.")
+            else:
+                self._place(one, ref, target, is_own=is_module_to_save(one.adapter.source, name))
+
+    def _refuse(self, what: str) -> None:
+        self.problems.append(AdapterMismatch(what))
+
+    def _place(self, one: Applied, ref: TensorRef, target: Target, *, is_own: bool) -> None:
+        parts = _parts(ref, target, self.names)
+        problem = _replacement_problem(one.adapter, ref, target, parts, self.names)
+        if problem is not None:
+            self.problems.append(problem)
+            return
+        for place in target.places:
+            part = parts[place.tensor_name]
+            if target.name in self.names.shared and not is_own:
+                earlier = self.shared.bases.setdefault(target.name, part)
+            else:
+                edit = self.edit(target, place)
+                earlier = edit.replacement = edit.replacement or part
+            if not same_values(earlier, part):
+                self._refuse(
+                    f"{one.adapter.source.name} replaces {target.name} with other values than an adapter before it."
+                )
+                return
 
 
 def _placed(fitted: Fitted, place: Place, scale: float) -> PlacedChange:
@@ -136,93 +242,104 @@ def _placed(fitted: Fitted, place: Place, scale: float) -> PlacedChange:
     return PlacedChange(fitted.change, block, place.piece.row, place.piece.rows, scale)
 
 
-def _replace(
-    adapter: Adapter, changes: Sequence[Fitted], names: NameMap, edits: dict[str, Edit]
-) -> list[CordaConvertError]:
-    """Notes the tensors that the adapter brings along in place of the model's. Returns what does not fit."""
-    problems: list[CordaConvertError] = []
-    targets = {each.change.module_name: each.target for each in changes}
-    folded = {each.target.tensor_name for each in changes}
-    for module, ref in adapter.bases.items():
-        problem = _base_problem(adapter, ref, targets[module], names) if module in targets else None
-        if problem is not None:
-            problems.append(problem)
-        elif module in targets:
-            edits.setdefault(targets[module].tensor_name, Edit()).replacement = ref
-    for name, ref in adapter.replacements.items():
-        target = names.target(name)
-        if target is None:
-            problems.append(
-                AdapterMismatch(f"{adapter.source.name} replaces {name}, which {names.checkpoint.name} lacks.")
-            )
-            continue
-        found = _replacement_problem(adapter, name, ref, target, names)
-        edit = edits.setdefault(target.tensor_name, Edit())
-        if found is None and (edit.replacement is not None or target.tensor_name in folded):
-            found = AdapterMismatch(f"{adapter.source.name} replaces {name}, and changes it in another way too.")
-        if found is not None:
-            problems.append(found)
-            continue
-        edit.replacement = ref
-    return problems
-
-
-def _base_problem(adapter: Adapter, base: TensorRef, target: Target, names: NameMap) -> CordaConvertError | None:
-    """What keeps a weight that the adapter brings along from taking the place of the model's."""
-    weight = names.checkpoint.spec(target.tensor_name)
-    if base.shape == weight.shape and base.spec.dtype in COMPUTABLE_DTYPES:
-        return None
-    return UnsupportedInput(
-        f"{adapter.source.name} brings {base.name} {base.spec.dtype} {base.shape} along for {weight.name} "
-        f"{weight.dtype} {weight.shape}; this version does not change shapes.",
-        why="The vocabulary was resized in training." if base.shape != weight.shape else None,
+def _parts(ref: TensorRef, target: Target, names: NameMap) -> dict[str, TensorRef]:
+    """For each tensor on disk that a parameter lies in: what of `ref` is in its place, if that is one run of rows."""
+    if target.is_plain:
+        return {target.tensor_name: ref}
+    if ref.shape != target.shape:
+        return {}
+    per_expert = target.shape[1] if target.is_stack else target.shape[0]
+    matrix = ref.reshaped(
+        (target.shape[0] * per_expert, target.shape[2]) if target.is_stack else matrix_shape(ref.shape)
     )
+    runs: dict[str, tuple[int, int]] = {}
+    for place in sorted(target.places, key=lambda place: (place.tensor_name, place.piece.row)):
+        piece = place.piece
+        begin, end = runs.get(place.tensor_name, (None, piece.row))
+        first = (piece.expert or 0) * per_expert + piece.first
+        start = first if begin is None else begin
+        if piece.transposed or piece.row != end or first - start != piece.row:
+            return {}
+        runs[place.tensor_name] = (start, piece.row + piece.rows)
+    sizes = {place.tensor_name: place.layout.matrix[0] for place in target.places}
+    if any(rows != sizes[name] for name, (_, rows) in runs.items()):
+        return {}
+    return {
+        name: matrix.rows(start, start + rows).reshaped(names.checkpoint.spec(name).shape)
+        for name, (start, rows) in runs.items()
+    }
 
 
 def _replacement_problem(
-    adapter: Adapter, name: str, ref: TensorRef, target: Target, names: NameMap
+    adapter: Adapter, ref: TensorRef, target: Target, parts: Mapping[str, TensorRef], names: NameMap
 ) -> CordaConvertError | None:
-    spec = names.checkpoint.spec(target.tensor_name)
-    if not target.is_plain:
+    """What keeps a tensor that the adapter brings along from taking the place of the model's."""
+    stored = [names.checkpoint.spec(place.tensor_name) for place in target.places]
+    expected = target.shape if not target.is_plain else stored[0].shape
+    replaces = f"{adapter.source.name} replaces {target.name}"
+    if ref.shape != expected and resized_shape(target, ref.shape, names) is None:
         return UnsupportedInput(
-            f"{adapter.source.name} replaces {name}, which lies on disk in {len(target.places)} tensors or in another form."
+            f"{replaces} {expected} with a tensor of shape {ref.shape}.",
+            why="Shapes change with the vocabulary's size alone.",
         )
-    if spec.shape != ref.shape:
+    if not parts:
         return UnsupportedInput(
-            f"{adapter.source.name} replaces {name} {spec.shape} with a tensor of shape {ref.shape}; this version "
-            "does not change shapes.",
-            why="The vocabulary was resized in training." if "embed" in name or "lm_head" in name else None,
+            f"{replaces}, which lies on disk in {len({spec.name for spec in stored})} tensors or transposed: "
+            f"{some(dict.fromkeys(spec.name for spec in stored))}."
         )
-    if not {spec.dtype, ref.spec.dtype} <= set(COMPUTABLE_DTYPES):
+    if not {spec.dtype for spec in (*stored, ref.spec)} <= set(COMPUTABLE_DTYPES):
         return UnsupportedInput(
-            f"{adapter.source.name} replaces {name}, {spec.dtype} in the base, with {ref.spec.dtype}: only "
-            "floating-point numbers can be replaced.",
+            f"{replaces}, {stored[0].dtype} in the base, with {ref.spec.dtype}: only floating-point numbers can be "
+            "replaced.",
             next_step="Merge into the unquantized base model.",
         )
-    if names.is_tied(target.tensor_name):
-        return UnsupportedInput(f"{adapter.source.name} replaces {name}, which is tied; this version does not untie.")
-    return maybe_tied(name) if names.may_be_tied(target.tensor_name) else None
+    return maybe_tied(target.name) if names.may_be_tied(target.tensor_name) else None
 
 
-def produced(
-    edits: Iterable[tuple[str, Edit]], names: NameMap, dtype: str | None, rounding: Rounding
-) -> dict[str, tuple[Produced, ...]]:
-    """What takes the place of each touched tensor in the output."""
+def _size_problems(edits: Mapping[str, Edit]) -> list[CordaConvertError]:
+    """Changes that are for another number of rows than the weight has after it was replaced."""
+    return [
+        AdapterMismatch(
+            f"{placed.change.module_name} was trained on {placed.rows} rows of {name}; another adapter makes them "
+            f"{edit.replacement.shape[0]}."
+        )
+        for name, edit in edits.items()
+        for placed in edit.changes
+        if edit.replacement is not None and placed.row + placed.rows > matrix_shape(edit.replacement.shape)[0]
+    ]
+
+
+def produced(edits: Edits, names: NameMap, dtype: str | None, rounding: Rounding) -> dict[str, tuple[Produced, ...]]:
+    """What takes the place of each stored tensor in the output; what is written in addition comes behind its source."""
+    sources = dict.fromkeys(edit.source for edit in edits.tensors.values())
     result: dict[str, tuple[Produced, ...]] = {}
-    for name, edit in edits:
-        stored = names.checkpoint.tensors[name]
-        target = output_dtype(stored.spec.dtype, dtype)
-        transform: Transform
-        if edit.changes:
-            weight = (edit.replacement or stored).reshaped(_matrix(name, names))
-            transform = FoldTransform(weight, tuple(edit.changes), target, rounding)
-        else:
-            assert edit.replacement is not None  # noqa: S101 - an edit has one or the other
-            transform = CastTransform(edit.replacement, target, action="replaced")
-        result[name] = (Produced(stored.spec.with_dtype(target), transform),)
+    for source in sources:
+        own = edits.tensors.get(source, Edit(source))
+        added = [(name, edit) for name, edit in edits.tensors.items() if edit.source == source and name != source]
+        result[source] = tuple(_produce(name, edit, names, dtype, rounding) for name, edit in [(source, own), *added])
     return result
 
 
-def _matrix(tensor_name: str, names: NameMap) -> tuple[int, int]:
-    layout = names.structure.layouts.get(tensor_name) if names.structure is not None else None
-    return layout.matrix if layout is not None else matrix_shape(names.checkpoint.spec(tensor_name).shape)
+def _produce(name: str, edit: Edit, names: NameMap, dtype: str | None, rounding: Rounding) -> Produced:
+    stored = names.checkpoint.tensors[edit.source]
+    target = output_dtype(stored.spec.dtype, dtype)
+    weight = edit.replacement or stored
+    transform: Transform
+    if edit.changes:
+        matrix = weight.reshaped(_matrix(edit, names))
+        transform = FoldTransform(matrix, tuple(edit.changes), target, rounding)
+    elif edit.replacement is not None:
+        transform = CastTransform(edit.replacement, target, action="replaced")
+    elif target != stored.spec.dtype:
+        transform = CastTransform(stored, target)
+    else:
+        transform = VerbatimTransform(stored)
+    return Produced(TensorSpec(name, target, weight.shape), transform)
+
+
+def _matrix(edit: Edit, names: NameMap) -> tuple[int, int]:
+    shape = names.checkpoint.spec(edit.source).shape
+    if edit.replacement is not None and edit.replacement.shape != shape:
+        return matrix_shape(edit.replacement.shape)
+    layout = names.structure.layouts.get(edit.source) if names.structure is not None else None
+    return layout.matrix if layout is not None else matrix_shape(shape)

@@ -10,7 +10,6 @@ from typing import Any
 from corda_convert.adapters import read_adapter
 from corda_convert.adapters.factors import Adapter, Layout
 from corda_convert.adapters.initial import with_initial
-from corda_convert.adapters.lora import LoraFactors
 from corda_convert.checkpoint.dense_families import dense_structure
 from corda_convert.checkpoint.folder import Checkpoint, read_checkpoint
 from corda_convert.checkpoint.names import NameMap
@@ -80,8 +79,8 @@ def _merge(
         evidence.check_plain(trained, weights, checkpoint)
     dtype = run.output_dtype
     edits = collect_edits([Applied(folded)], [fitted], names)
-    touched = produced(edits.items(), names, dtype, options.rounding)
-    side_files, left = model_side_files(checkpoint, run, (tokenizer_files(trained.source.folder),))
+    touched = produced(edits, names, dtype, options.rounding)
+    side_files, left = model_side_files(checkpoint, run, (tokenizer_files(trained.source.folder),), edits.config)
     production = Production(
         command="merge",
         options={
@@ -98,8 +97,8 @@ def _merge(
         side_files=side_files,
         index_metadata=checkpoint.index_metadata,
         left_behind=left,
-        facts={"adapter": _describe(folded)},
-        warnings=_warnings(trained, checkpoint, options),
+        facts={"adapter": _describe(folded), **edits.facts()},
+        warnings=(*_warnings(trained, checkpoint, options), *edits.warnings),
         card=transformers_card(
             checkpoint,
             f"`{checkpoint.name}` with the {folded.kind} adapter `{trained.source.name}` merged into its weights.",
@@ -134,18 +133,20 @@ def matrices(fitted: Sequence[Fitted], checkpoint: Checkpoint) -> dict[str, tupl
     return {
         each.change.module_name: (checkpoint.tensors[each.target.tensor_name], each.layout)
         for each in fitted
-        if each.target.is_plain and len(each.target.shape) == 2
+        if each.target.is_plain
+        and len(each.target.shape) == 2
+        and each.target.shape == checkpoint.spec(each.target.tensor_name).shape
     }
 
 
 def _describe(adapter: Adapter) -> dict[str, Any]:
-    loras = [factors for factors in adapter.modules if isinstance(factors, LoraFactors)]
+    described = [change.describe() for change in adapter.modules]
     return {
         "kind": adapter.kind,
         "modules": len(adapter.modules),
         "replaced_parameters": len(adapter.replacements),
-        "ranks": sorted({int(str(factors.describe()["rank"])) for factors in adapter.modules}),
-        "scalings": sorted({factors.scaling for factors in loras}),
+        "ranks": sorted({int(str(facts["rank"])) for facts in described if "rank" in facts}),
+        "scalings": sorted({float(str(facts["scaling"])) for facts in described if "scaling" in facts}),
         "alpha": adapter.source.config.get("lora_alpha"),
         "base_model_name_or_path": Path(adapter.source.base_name).name if adapter.source.base_name else None,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from corda_convert.checkpoint.folder import Checkpoint
 from corda_convert.errors import UnsupportedInput
@@ -19,9 +20,15 @@ from corda_convert.output.side_files import (
 
 
 def model_side_files(
-    checkpoint: Checkpoint, run: RunOptions, overrides: Iterable[tuple[SideFile, ...]] = ()
+    checkpoint: Checkpoint,
+    run: RunOptions,
+    overrides: Iterable[tuple[SideFile, ...]] = (),
+    config: dict[str, Any] | None = None,
 ) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
-    """The source's side files with those that win over them, the config in step with `--dtype`; and what stays behind."""
+    """The source's side files with those that win over them, the config in step with `--dtype`; and what stays behind.
+
+    `config` is the model's new config, where it changes.
+    """
     if run.dtype is not None and (checkpoint.config or {}).get("quantization_config"):
         raise UnsupportedInput(
             f"{checkpoint.name} is quantized (quantization_config in its config.json): --dtype would cast its scales too.",
@@ -31,8 +38,11 @@ def model_side_files(
     files = found.carried
     for others in overrides:
         files = override(files, others)
-    if checkpoint.config is not None and run.dtype is not None:
-        files = override(files, (json_file("config.json", config_with_dtype(checkpoint.config, run.dtype)),))
+    changed = config or checkpoint.config
+    if changed is not None and run.dtype is not None:
+        changed = config_with_dtype(changed, run.dtype)
+    if changed is not None and changed is not checkpoint.config:
+        files = override(files, (json_file("config.json", changed),))
     return files, found.left
 
 

@@ -127,6 +127,38 @@ def config_with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     return changed
 
 
+def untied_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The model's config with `tie_word_embeddings` false, in the configs of its language models too."""
+    changed = copy.deepcopy(config)
+    changed["tie_word_embeddings"] = False
+    for name, level in _levels(changed):
+        if name in _LANGUAGE_LEVELS or "tie_word_embeddings" in level:
+            level["tie_word_embeddings"] = False
+    return changed
+
+
+def config_with_vocabulary(config: dict[str, Any], old: int, new: int) -> dict[str, Any]:
+    """The model's config with `vocab_size` `new` at every level where it is `old`, and at one at least."""
+    changed = copy.deepcopy(config)
+    levels = [changed, *(level for _, level in _levels(changed))]
+    sized = [level for level in levels if level.get("vocab_size") == old]
+    if not sized:  # left out, as it is the class's default
+        sized = [next((level for name, level in _levels(changed) if name in _LANGUAGE_LEVELS), changed)]
+    for level in sized:
+        level["vocab_size"] = new
+    return changed
+
+
+_LANGUAGE_LEVELS = ("text_config", "language_config", "llm_config", "decoder")
+"""Where a config of several models has that of the language model."""
+
+
+def _levels(config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Every object inside a config, with the key that it stands under."""
+    found = [(name, value) for name, value in config.items() if isinstance(value, dict)]
+    return found + [inner for _, value in found for inner in _levels(value)]
+
+
 def json_file(name: str, content: object) -> SideFile:
     """A side file with this content as JSON."""
     return SideFile(name, content=(json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))

@@ -83,6 +83,10 @@ def _details(receipt: Mapping[str, Any]) -> list[str]:
         if scalings:
             text += f", alpha {adapter['alpha']:g}, scaling {scalings}"
         lines.append(text)
+    vocabulary = receipt.get("vocabulary")
+    if vocabulary:
+        lines.append(f"  vocab    {vocabulary['before']} → {vocabulary['after']}")
+    lines += [f"  untied   {_list(untied['parameters'])}" for untied in receipt.get("untied", ())]
     covariances = receipt.get("covariances")
     if covariances:
         known = [f"{covariances[key]} {key}" for key in ("samples", "tokens") if covariances.get(key)]
