@@ -107,9 +107,11 @@ def test_every_saved_tensor_is_what_its_layout_makes_of_the_parameters(tmp_path:
 def test_a_tensor_that_is_joined_with_others_is_not_plain(tmp_path: Path) -> None:
     tiny("olmo_hybrid").save_pretrained(tmp_path)
     layouts = structure_of(tmp_path).layouts
-    joined = {name: layout.pieces[0].first for name, layout in layouts.items() if not layout.is_plain}
-    prefix = "model.layers.0.linear_attn"
-    assert joined == {f"{prefix}.{name}_conv1d.weight": first for name, first in (("q", 0), ("k", 16), ("v", 32))}
+    joined = {name: (layout.pieces[0].first, layout.matrix[0]) for name, layout in layouts.items() if not layout.is_plain}
+    query, key, value = (f"model.layers.0.linear_attn.{letter}_conv1d.weight" for letter in "qkv")
+    rows = load_file(tmp_path / FILE)[query].shape[0]
+    value_rows = load_file(tmp_path / FILE)[value].shape[0]
+    assert joined == {query: (0, rows), key: (rows, rows), value: (2 * rows, value_rows)}
 
 
 # Other layouts on disk
