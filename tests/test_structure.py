@@ -82,6 +82,7 @@ def assert_layouts(folder: Path, model: PreTrainedModel, structure: ModelStructu
     covered: dict[str, int] = {}
     for layout in structure.layouts.values():
         for piece in layout.pieces:
+            assert (piece.expert is not None) == structure.parameters[piece.parameter].is_stack
             covered[piece.parameter] = covered.get(piece.parameter, 0) + piece.rows * layout.matrix[1]
     missing = {name for name, tensor in parameters.items() if covered.get(name) != tensor.numel()}
     assert missing <= set(structure.ties), "a parameter lies on disk in part or not at all"
@@ -107,7 +108,9 @@ def test_every_saved_tensor_is_what_its_layout_makes_of_the_parameters(tmp_path:
 def test_a_tensor_that_is_joined_with_others_is_not_plain(tmp_path: Path) -> None:
     tiny("olmo_hybrid").save_pretrained(tmp_path)
     layouts = structure_of(tmp_path).layouts
-    joined = {name: (layout.pieces[0].first, layout.matrix[0]) for name, layout in layouts.items() if not layout.is_plain}
+    joined = {
+        name: (layout.pieces[0].first, layout.matrix[0]) for name, layout in layouts.items() if not layout.is_plain
+    }
     query, key, value = (f"model.layers.0.linear_attn.{letter}_conv1d.weight" for letter in "qkv")
     rows = load_file(tmp_path / FILE)[query].shape[0]
     value_rows = load_file(tmp_path / FILE)[value].shape[0]
@@ -304,6 +307,8 @@ def test_transposed_experts_are_known_as_such(tmp_path: Path, family: str, expec
 
 # What does not fit
 
+STACK = "model.layers.0.mlp.experts"
+
 
 def test_a_vocabulary_of_another_size_is_laid_out_by_the_disk(tmp_path: Path) -> None:
     tiny("llama").save_pretrained(tmp_path)
@@ -316,21 +321,29 @@ def test_a_vocabulary_of_another_size_is_laid_out_by_the_disk(tmp_path: Path) ->
     assert structure.parameters["lm_head.weight"].shape == (64, 32)
 
 
-def test_a_missing_expert_leaves_its_whole_stack_without_layout(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("missing", "reason"),
+    [
+        (("2.up",), "tensors of different shapes cannot be joined"),
+        (("2.up", "2.gate"), f"this gives (3, 48, 32) for {STACK}.gate_up_proj, which is (4, 48, 32) in the model"),
+    ],
+)
+def test_a_missing_expert_leaves_its_whole_stack_without_layout(
+    tmp_path: Path, missing: tuple[str, ...], reason: str
+) -> None:
     tiny("qwen3_moe").save_pretrained(tmp_path)
     tensors = load_file(tmp_path / FILE)
-    del tensors["model.layers.0.mlp.experts.2.up_proj.weight"]
+    for expert in missing:
+        del tensors[f"{STACK}.{expert}_proj.weight"]
     save_file(tensors, tmp_path / FILE, {"format": "pt"})
     structure = structure_of(tmp_path)
-    stack = {name for name in tensors if name.startswith("model.layers.0.mlp.experts.") and "down_proj" not in name}
-    assert len(stack) == 7
-    assert set(structure.unsupported) == stack
+    stack = {name for name in tensors if name.startswith(f"{STACK}.") and "down_proj" not in name}
+    assert len(stack) == 8 - len(missing)
     assert set(structure.layouts) == set(tensors) - stack
     assert stack < structure.converted
-    reason = structure.unsupported["model.layers.0.mlp.experts.0.gate_proj.weight"]
-    assert reason.startswith(
-        "transformers loads it into model.layers.0.mlp.experts.gate_up_proj with MergeModulelist, Concatenate: "
-    )
+    operations = "MergeModulelist, Concatenate"
+    whole = f"transformers loads it into {STACK}.gate_up_proj with {operations}: {reason}"
+    assert structure.unsupported == dict.fromkeys(stack, whole)
 
 
 def test_a_conversion_of_single_rows_is_named_as_unsupported(tmp_path: Path) -> None:
