@@ -14,13 +14,13 @@ from transformers.integrations.finegrained_fp8 import Fp8Quantize
 from corda_convert import engine
 from corda_convert.adapters import read_adapter
 from corda_convert.checkpoint.dequantized import dequantized
-from corda_convert.checkpoint.folder import Checkpoint, read_checkpoint
+from corda_convert.checkpoint.folder import read_checkpoint
 from corda_convert.checkpoint.names import NameMap
 from corda_convert.checkpoint.quantized import Quantization
 from corda_convert.checkpoint.structure import read_structure
 from corda_convert.errors import CordaConvertError, PlanRefused
 from corda_convert.linalg.fp8 import dequantize_blocks, quantize_blocks
-from corda_convert.operations.edits import Applied, Edit, collect_edits, fit_changes, produced
+from corda_convert.operations.edits import Applied, collect_edits, fit_changes, produced
 from corda_convert.operations.production import checkpoint_files
 from corda_convert.operations.requantize import requantized
 from corda_convert.plan import packing
@@ -139,18 +139,14 @@ def fp8_tensors(scale_dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     return tensors
 
 
-def edits_of(adapter_folder: Path, readable: Checkpoint) -> tuple[dict[str, Edit], NameMap]:
-    adapter = read_adapter(adapter_folder)
-    names = NameMap(readable, read_structure(readable.root, readable.config, readable.tensors))
-    return collect_edits([Applied(adapter)], [fit_changes(adapter, names)], names), names
-
-
 def merged(source: Path, adapter: Path, output: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The quantized checkpoint with the adapter folded in, through the plan and the engine; and the facts."""
     checkpoint = read_checkpoint(source)
     readable = dequantized(checkpoint, FP8)
-    edits, names = edits_of(adapter, readable)
-    touched = requantized(produced(edits.items(), names, None, "nearest"), readable)
+    read = read_adapter(adapter)
+    names = NameMap(readable, read_structure(readable.root, readable.config, readable.tensors))
+    edits = collect_edits([Applied(read)], [fit_changes(read, names)], names)
+    touched = requantized(produced(edits, names, None, "nearest"), readable)
     plan = packing.pack(checkpoint_files(checkpoint, touched, None), workers=2)
     record = engine.run(plan, output, torch.device("cpu"))
     tensors: dict[str, Tensor] = {}

@@ -96,10 +96,11 @@ class DequantizedFile:
                 ref.file.close()
 
 
-def dequantized(checkpoint: Checkpoint, quantization: Quantization) -> Checkpoint:
+def dequantized(checkpoint: Checkpoint, quantization: Quantization, fp8_dtype: str = "F32") -> Checkpoint:
     """The same checkpoint with plain weights, its config without the quantization. A shard of scales only is left empty.
 
-    Raises `UnsupportedInput` or `MalformedFile`, several problems together.
+    `fp8_dtype` is what fp8 weights are presented in: BF16 rounds them as transformers does when it dequantizes. Raises
+    `UnsupportedInput` or `MalformedFile`, several problems together.
     """
     check_readable(quantization, checkpoint.name)
     if checkpoint.is_pickled:
@@ -107,7 +108,7 @@ def dequantized(checkpoint: Checkpoint, quantization: Quantization) -> Checkpoin
             f"{checkpoint.name} holds {quantization.method} weights in pickled files; this version reads them in safetensors.",
             next_step="Merge into the unquantized base model.",
         )
-    weights = _weights(checkpoint, quantization)
+    weights = _weights(checkpoint, quantization, fp8_dtype)
     shards = tuple(DequantizedFile(stored, weights) for stored in checkpoint.shards)
     tensors = {spec.name: TensorRef(shard, spec) for shard in shards for spec in shard.specs.values()}
     config = None if checkpoint.config is None else without_quantization(checkpoint.config)
@@ -125,13 +126,18 @@ def describe(quantization: Quantization, before: Checkpoint, after: Checkpoint) 
     }
 
 
+def stored_as(ref: TensorRef) -> str | None:
+    """How a dequantized weight lies on disk, `fp8` or `mxfp4`; None for every other tensor."""
+    weight = ref.file.weights.get(ref.name) if isinstance(ref.file, DequantizedFile) else None
+    return None if weight is None else weight.method
+
+
 def written_dtype(ref: TensorRef) -> str:
     """The dtype in which a tensor is written where none is asked for: its own, and bfloat16 for a dequantized one."""
-    is_dequantized = isinstance(ref.file, DequantizedFile) and ref.name in ref.file.weights
-    return DEQUANTIZED_DTYPE if is_dequantized else ref.spec.dtype
+    return ref.spec.dtype if stored_as(ref) is None else DEQUANTIZED_DTYPE
 
 
-def _weights(checkpoint: Checkpoint, quantization: Quantization) -> dict[str, StoredWeight]:
+def _weights(checkpoint: Checkpoint, quantization: Quantization, fp8_dtype: str) -> dict[str, StoredWeight]:
     """Every quantized weight by the name it is presented under. Raises all problems together."""
     problems: list[CordaConvertError] = []
     weights: dict[str, StoredWeight] = {}
@@ -140,7 +146,7 @@ def _weights(checkpoint: Checkpoint, quantization: Quantization) -> dict[str, St
     for name, ref in tensors.items():
         weight: StoredWeight | CordaConvertError | None = None
         if name + SCALE_SUFFIX in tensors:
-            weight = _fp8_weight(ref, tensors[name + SCALE_SUFFIX], quantization.block)
+            weight = _fp8_weight(ref, tensors[name + SCALE_SUFFIX], quantization.block, fp8_dtype)
         elif name.endswith(BLOCKS_SUFFIX) and (stem := name.removesuffix(BLOCKS_SUFFIX)) + SCALES_SUFFIX in tensors:
             weight = _mxfp4_weight(stem, ref, tensors[stem + SCALES_SUFFIX], last, tensors)
         elif not _belongs_to_weight(name, tensors):
@@ -161,7 +167,9 @@ def _weights(checkpoint: Checkpoint, quantization: Quantization) -> dict[str, St
     return weights
 
 
-def _fp8_weight(weight: TensorRef, scale: TensorRef, block: tuple[int, int] | None) -> Fp8Weight | CordaConvertError:
+def _fp8_weight(
+    weight: TensorRef, scale: TensorRef, block: tuple[int, int] | None, dtype: str
+) -> Fp8Weight | CordaConvertError:
     if weight.spec.dtype != "F8_E4M3" or len(weight.shape) not in (2, 3):
         return UnsupportedInput(
             f"{weight.name} is {weight.spec.dtype} {weight.shape} with scales: of fp8 this version reads matrices in "
@@ -175,7 +183,7 @@ def _fp8_weight(weight: TensorRef, scale: TensorRef, block: tuple[int, int] | No
         )
     *stack, rows, columns = weight.shape
     if scale.spec.elements == prod(stack):
-        return Fp8Weight(weight, scale, (max(rows, 1), max(columns, 1)))  # one scale for each whole matrix
+        return Fp8Weight(weight, scale, (max(rows, 1), max(columns, 1)), dtype)  # one scale for each whole matrix
     block_rows, block_columns = block or DEFAULT_BLOCK
     grid = (*stack, -(-rows // block_rows), -(-columns // block_columns))
     if scale.shape != grid:
@@ -184,7 +192,7 @@ def _fp8_weight(weight: TensorRef, scale: TensorRef, block: tuple[int, int] | No
             f"scales {grid}.",
             why=None if block else "The config names no weight_block_size, so 128×128 was taken.",
         )
-    return Fp8Weight(weight, scale, (block_rows, block_columns))
+    return Fp8Weight(weight, scale, (block_rows, block_columns), dtype)
 
 
 def _mxfp4_weight(

@@ -45,6 +45,9 @@ class StoredWeight(Protocol):
     """A weight that is dequantized as it is read."""
 
     @property
+    def method(self) -> str: ...
+
+    @property
     def spec(self) -> TensorSpec:
         """The weight as it is presented."""
         ...
@@ -76,10 +79,13 @@ class Fp8Weight:
     weight: TensorRef
     scale: TensorRef
     block: tuple[int, int]
+    dtype: str
+
+    method = "fp8"
 
     @property
     def spec(self) -> TensorSpec:
-        return self.weight.spec.with_dtype("F32")
+        return self.weight.spec.with_dtype(self.dtype)
 
     @property
     def stored(self) -> tuple[TensorRef, ...]:
@@ -141,6 +147,8 @@ class Mxfp4Weight:
     blocks: TensorRef
     scales: TensorRef
     last: LastExpert
+
+    method = "mxfp4"
 
     @property
     def spec(self) -> TensorSpec:

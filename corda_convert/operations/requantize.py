@@ -37,7 +37,7 @@ def requantized(touched: Mapping[str, Sequence[Produced]], readable: Checkpoint)
         if weight is None:
             result[name] = tuple(produced)
             continue
-        problem = _problem(weight)
+        problem = _problem(weight, produced)
         if problem is not None or not isinstance(weight, Fp8Weight):
             problems += [problem] if problem else []
             continue
@@ -48,12 +48,17 @@ def requantized(touched: Mapping[str, Sequence[Produced]], readable: Checkpoint)
     return result
 
 
-def _problem(weight: StoredWeight) -> CordaConvertError | None:
+def _problem(weight: StoredWeight, produced: Sequence[Produced]) -> CordaConvertError | None:
     """What keeps a weight from being quantized again block of rows by block of rows."""
     name = weight.spec.name
     next_step = "Leave out --requantize."
     if not isinstance(weight, Fp8Weight):
         return UnsupportedInput(f"{name} is stored as mxfp4: --requantize is for fp8.", next_step=next_step)
+    if [each.spec.shape for each in produced] != [weight.spec.shape]:
+        return UnsupportedInput(
+            f"{name} would get another shape, or a tensor beside it: --requantize is for weights that keep their shape.",
+            next_step=next_step,
+        )
     *stack, rows, columns = weight.weight.shape
     has_one_scale = weight.block == (rows, columns) and (rows > DEFAULT_BLOCK[0] or columns > DEFAULT_BLOCK[1])
     if has_one_scale:
