@@ -7,19 +7,20 @@ from collections.abc import Iterator
 from corda_convert.adapters.source import CONFIG_FILE, AdapterSource
 from corda_convert.errors import CordaConvertError, UnsupportedInput, some
 
-_UNSUPPORTED = {
+UNSUPPORTED = {
     "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA", "kasa_config": "KaSA", "arrow_config": "Arrow",
     "alora_invocation_tokens": "aLoRA", "monteclora_config": "MonteCLoRA", "layer_replication": "layer replication",
     "target_parameters": "LoRA on parameters (target_parameters)", "loftq_config": "LoftQ",
 }  # fmt: skip
+"""Options that are refused, and what they are called."""
 
-_READ = frozenset({
+READ = frozenset({
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "modules_to_save",
     "init_lora_weights", "use_dora", "lora_bias", "trainable_token_indices", "corda_config", "base_model_name_or_path",
 })  # fmt: skip
 """Options that are read."""
 
-_HARMLESS = frozenset({
+HARMLESS = frozenset({
     # which keys exist, which the file itself tells
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     # how the training went
@@ -40,7 +41,7 @@ TRAINING_ONLY = ("lora_velora_embed",)
 def unsupported(source: AdapterSource) -> Iterator[CordaConvertError]:
     """Every option in the config that changes what the adapter does in a way that is not folded."""
     config = source.config
-    for option, what in _UNSUPPORTED.items():
+    for option, what in UNSUPPORTED.items():
         if config.get(option):
             yield UnsupportedInput(
                 f"{source.name} uses {what} ({option} in {CONFIG_FILE}), which this version does not fold.",
@@ -50,9 +51,7 @@ def unsupported(source: AdapterSource) -> Iterator[CordaConvertError]:
         yield UnsupportedInput(f"{source.name} was initialized with LoftQ, which needs the quantized base.")
     if config.get("use_dora") and config.get("lora_bias"):
         yield UnsupportedInput(f"{source.name} says both use_dora and lora_bias, which PEFT does not allow together.")
-    unknown = [
-        option for option, value in config.items() if value and option not in {*_UNSUPPORTED, *_READ, *_HARMLESS}
-    ]
+    unknown = [option for option, value in config.items() if value and option not in {*UNSUPPORTED, *READ, *HARMLESS}]
     if unknown:
         yield UnsupportedInput(
             f"{source.name}: {CONFIG_FILE} sets options that this version does not know: {some(unknown)}.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from corda_convert.adapters.source import CONFIG_FILE, AdapterSource
+from corda_convert.checkpoint.comparison import same_values
 from corda_convert.checkpoint.tensors import TensorRef
 from corda_convert.errors import AdapterMismatch, CordaConvertError, MalformedFile, UnsupportedInput, some
 
@@ -10,6 +11,8 @@ SAVED_EMBEDDINGS = (
     "embed_tokens", "lm_head", "shared", "wte", "word_embeddings", "embed_in", "embed_out", "tok_embeddings", "proj_out",
 )  # fmt: skip
 """Names of input and output embeddings, which PEFT's `save_embedding_layers` saves whole, adapted or not."""
+
+_ORIGINAL = ".original_module."
 
 
 def split_replacements(
@@ -23,13 +26,17 @@ def split_replacements(
     if not isinstance(saved, list):
         raise AdapterMismatch(f"{CONFIG_FILE}: modules_to_save is {saved!r}, a list of names was expected.")
     bias = str(source.config.get("bias", "none"))
+    beneath = originals(source)
     for key, ref in rest.items():
-        name = key.replace(".base_layer.", ".").replace(".modules_to_save.", ".").replace(".original_module.", ".")
+        name = _parameter_name(key)
+        if _ORIGINAL in key and name in beneath:
+            continue  # what shares it takes it; the module itself has a copy, which was trained
         module = name.rpartition(".")[0]
         is_saved = is_module_to_save(source, name)
         is_saved = is_saved or (name.endswith(".weight") and module.rpartition(".")[2] in SAVED_EMBEDDINGS)
-        if is_saved or (name.endswith(".bias") and bias != "none"):
-            if name in replacements:
+        is_bias = "bias" in name if bias == "all" else name.endswith(".bias") and bias != "none"  # both as PEFT
+        if is_saved or is_bias:
+            if name in replacements and not same_values(replacements[name], ref):
                 doubled.append(same_place(source, replacements[name], ref))
             replacements[name] = ref
         else:
@@ -43,6 +50,17 @@ def split_replacements(
             why="Nothing of an adapter is dropped silently.",
         ),
     ]
+
+
+def originals(source: AdapterSource) -> dict[str, TensorRef]:
+    """The base's own weights below modules of which PEFT trained a copy, by the parameters' names."""
+    trained = {_parameter_name(key) for key in source.tensors if _ORIGINAL not in key}
+    named = {_parameter_name(key): ref for key, ref in source.tensors.items() if _ORIGINAL in key}
+    return {name: ref for name, ref in named.items() if name in trained and is_module_to_save(source, name)}
+
+
+def _parameter_name(key: str) -> str:
+    return key.replace(".base_layer.", ".").replace(".modules_to_save.", ".").replace(_ORIGINAL, ".")
 
 
 def is_module_to_save(source: AdapterSource, name: str) -> bool:

@@ -52,6 +52,10 @@ class TokenRows(UsualChange):
                 f"Adapter does not fit {self.module_name}: the weight is {target.shape}, "
                 f"the rows of its trainable tokens are {self.rows.shape}."
             )
+        if any(place.piece.transposed for place in target.places):
+            raise UnsupportedInput(
+                f"{self.module_name}: {target.name} lies transposed on disk, where tokens are no rows."
+            )
         beyond = [str(index) for index in self.indices if index >= target.shape[0]]
         if beyond:
             raise AdapterMismatch(
@@ -67,7 +71,7 @@ class TokenRows(UsualChange):
     def begin(self, block: Block, whole: Mapping[str, Tensor], dtype: torch.dtype, scale: float) -> RowFold:
         if scale != 1.0:
             raise UnsupportedInput(f"{self.module_name}: rows that are replaced cannot be taken {scale:g} times.")
-        return _RowsFold(block, whole["tokens"], self.indices)
+        return _RowsFold(block.outputs[0], whole["tokens"], self.indices)
 
     def describe(self) -> dict[str, object]:
         return {"kind": "trainable_tokens", "tokens": len(self.indices)}
@@ -75,22 +79,21 @@ class TokenRows(UsualChange):
 
 @dataclass(frozen=True, slots=True)
 class _RowsFold(Additive):
-    block: Block
+    """Rows are tokens, the first of them number `begin` of the whole weight."""
+
+    begin: int
     tokens: Tensor
     indices: tuple[int, ...]
 
     def fold(self, rows: Tensor, first: int, streamed: Mapping[str, Tensor]) -> float:
         from corda_convert.linalg.lora import square
 
-        # a transposed block holds its tokens in the columns
-        own = rows if self.block.layout == "out_in" else rows.T
-        across = self.tokens if self.block.layout == "out_in" else self.tokens[:, first : first + rows.shape[0]]
-        begin = self.block.outputs[0] + (first if self.block.layout == "out_in" else 0)
+        begin = self.begin + first
         changed = 0.0
         for place, index in enumerate(self.indices):
-            if begin <= index < begin + own.shape[0]:
-                changed += square(across[place] - own[index - begin])
-                own[index - begin] = across[place]
+            if begin <= index < begin + rows.shape[0]:
+                changed += square(self.tokens[place] - rows[index - begin])
+                rows[index - begin] = self.tokens[place]
         return changed
 
 

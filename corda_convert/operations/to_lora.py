@@ -59,8 +59,9 @@ def to_lora(
             )
     if trained.source.folder.resolve() == initial.source.folder.resolve():
         raise AdapterMismatch("The adapter and --init are the same folder: the result would be zero.")
+    for source in (trained, initial):
+        _check_carried(source)
     pairs = with_initial(trained, initial)
-    _check_carried(pairs)
     evidence.check_same_training(trained, initial)
     scaling = read_scaling(trained.source.config)
     is_baked = scaling.use_rslora and bool(scaling.rank_pattern or scaling.alpha_pattern)
@@ -88,15 +89,15 @@ def to_lora(
     return produce(production, run)
 
 
-def _check_carried(pairs: Adapter) -> None:
+def _check_carried(adapter: Adapter) -> None:
     """Raises `UnsupportedInput` for what the result could not hold."""
     other = [
-        change.module_name for change in pairs.modules if not isinstance(change, LoraFactors) or bool(change.kernel)
+        change.module_name for change in adapter.modules if not isinstance(change, LoraFactors) or bool(change.kernel)
     ]
     if other:
         raise UnsupportedInput(
-            f"{pairs.source.name} changes {some(other)} by a convolution's factors, a bias of LoRA or trainable tokens, which "
-            "this version does not convert.",
+            f"{adapter.source.name} changes {some(other)} by DoRA, a convolution's factors, a bias of LoRA or trainable tokens,"
+            " which this version does not convert.",
             next_step="Merge it into the base with --init instead.",
         )
 
