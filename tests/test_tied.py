@@ -14,10 +14,11 @@ import torch
 import transformers
 from families import DECODER, tiny
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from corda_convert import merge
+from corda_convert import RunOptions, merge
+from corda_convert.errors import CordaConvertError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -133,3 +134,264 @@ def test_the_merged_model_computes_what_the_adapter_model_did(family: str, case:
     assert distance(output, expected) <= 1e-9
     assert distance(base, expected) > 1e-2
     assert outcome.receipt["untied"], "nothing says that the tensor was split"
+
+
+@pytest.mark.parametrize(
+    ("options", "saving"),
+    [
+        ({"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}, {}),
+        ({"target_modules": ["lm_head"], "ensure_weight_tying": True}, {"save_embedding_layers": False}),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, {}),
+        ({"target_modules": ["q_proj"]}, {"save_embedding_layers": True}),
+    ],
+    ids=["LoRA", "LoRA of the head", "saved", "only saved along"],
+)
+def test_what_is_done_alike_to_both_is_done_once_and_stays_tied(
+    options: dict[str, Any], saving: dict[str, Any], tmp_path: Path
+) -> None:
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    model_of("llama_tied").double().save_pretrained(base)
+    expected = trained(base, adapter, LoraConfig(r=4, lora_alpha=6, **options), **saving)
+    outcome = merge(base, adapter=adapter, output=output)
+    assert distance(output, expected) <= 1e-9
+    assert tensors(output).keys() == tensors(base).keys()
+    assert config_of(output) == config_of(base)
+    assert "untied" not in outcome.receipt
+    assert outcome.warnings == ()
+
+
+def test_the_head_stands_behind_the_embedding_under_its_name_on_disk_and_the_config_says_so(tmp_path: Path) -> None:
+    """Gemma 3's multimodal checkpoints name the language model otherwise than the class."""
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    model_of("gemma3").save_pretrained(base, max_shard_size="20KB")
+    trained(base, adapter, LoraConfig(r=4, **targets("gemma3", "head")), save_embedding_layers=False)
+    outcome = merge(base, adapter=adapter, output=output)
+    index = json.loads((output / "model.safetensors.index.json").read_text())["weight_map"]
+    (head,) = index.keys() - tensors(base).keys()
+    assert head == "lm_head.weight" or head == "language_model.lm_head.weight"
+    (embedding,) = [name for name in index if name.endswith("embed_tokens.weight")]
+    assert index[head] == index[embedding]
+    entries = [entry["name"] for entry in outcome.receipt["tensors"]]
+    assert entries[entries.index(embedding) + 1] == head
+    assert torch.equal(tensors(output)[embedding], tensors(base)[embedding])
+    config = config_of(output)
+    assert config["tie_word_embeddings"] is False
+    assert config["text_config"]["tie_word_embeddings"] is False
+    assert outcome.receipt["untied"] == [
+        {
+            "parameters": ["model.language_model.embed_tokens.weight", "lm_head.weight"],
+            "written": [head],
+            "config_changed": True,
+        }
+    ]
+    (warning,) = outcome.warnings
+    assert warning.endswith('both are written, with "tie_word_embeddings": false.')
+
+
+def test_a_class_that_ties_whatever_the_config_says_keeps_its_config(tmp_path: Path) -> None:
+    """`tie_word_embeddings: false` tells T5 of its version 1.1, which does not scale what goes into the head."""
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    model_of("t5").double().save_pretrained(base)
+    expected = trained(base, adapter, LoraConfig(r=4, **targets("t5", "head")))
+    outcome = merge(base, adapter=adapter, output=output)
+    assert distance(output, expected) <= 1e-9
+    assert config_of(output) == config_of(base)
+    assert tensors(output).keys() - tensors(base).keys() == {"lm_head.weight"}
+    assert "older versions drop one of them" in outcome.warnings[0]
+
+
+@pytest.mark.parametrize("case", ["embedding", "head"])
+def test_a_tied_base_that_stores_both_is_read_as_transformers_reads_it(case: str, tmp_path: Path) -> None:
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    model_of("llama_tied").double().save_pretrained(base)
+    stored = tensors(base)
+    save_file({**stored, "lm_head.weight": stored["model.embed_tokens.weight"].clone()}, base / "model.safetensors")
+    expected = trained(base, adapter, LoraConfig(r=4, **targets("llama_tied", case)), save_embedding_layers=False)
+    merge(base, adapter=adapter, output=output)
+    assert distance(output, expected) <= 1e-9
+    assert config_of(output)["tie_word_embeddings"] is False
+
+
+def test_a_head_that_differs_on_disk_is_not_tied_whatever_the_config_says(tmp_path: Path) -> None:
+    """T5 version 1.1 is stored so; its config says `tie_word_embeddings: false`, and its class ties all the same."""
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    model_of("t5").double().save_pretrained(base)
+    stored = tensors(base)
+    save_file({**stored, "lm_head.weight": stored["shared.weight"] + 1}, base / "model.safetensors", {"format": "pt"})
+    (base / "config.json").write_text(json.dumps(config_of(base) | {"tie_word_embeddings": False}))
+    options = {"target_modules": ["lm_head", "q"]}
+    expected = trained(base, adapter, LoraConfig(r=4, **options), save_embedding_layers=False)
+    outcome = merge(base, adapter=adapter, output=output)
+    assert distance(output, expected) <= 1e-9
+    assert tensors(output).keys() == {*stored, "lm_head.weight"}
+    assert config_of(output) == config_of(base)
+    assert "untied" not in outcome.receipt
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_cast_output_has_config_and_tensors_of_that_dtype(dtype: str, tmp_path: Path) -> None:
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    model_of("llama_tied").save_pretrained(base)
+    expected = trained(base, adapter, LoraConfig(r=4, **targets("llama_tied", "saved embedding")))
+    merge(base, adapter=adapter, output=output, run=RunOptions(dtype=dtype))
+    assert {str(tensor.dtype) for tensor in tensors(output).values()} == {f"torch.{dtype}"}
+    config = config_of(output)
+    assert (config["dtype"], config["tie_word_embeddings"]) == (dtype, False)
+    assert torch.equal(
+        tensors(output)["lm_head.weight"].float(),
+        tensors(base)["model.embed_tokens.weight"].to(getattr(torch, dtype)).float(),
+    )
+    assert distance(output, expected) < 0.1
+
+
+def test_side_files_of_an_untied_model_stay_as_they_are(tmp_path: Path) -> None:
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    model_of("llama_tied").save_pretrained(base)
+    (base / "tokenizer_config.json").write_text('{"model_max_length": 7}')
+    trained(base, adapter, LoraConfig(r=4, **targets("llama_tied", "head")))
+    merge(base, adapter=adapter, output=output)
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        assert (output / name).read_bytes() == (base / name).read_bytes()
+    changed = {key for key, value in config_of(output).items() if config_of(base).get(key) != value}
+    assert changed == {"tie_word_embeddings"}
+
+
+def test_the_summary_says_what_is_untied(done: Any, tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model_of("llama_tied").save_pretrained(base)
+    trained(base, adapter, LoraConfig(r=4, **targets("llama_tied", "head")))
+    ran = done("merge", base, "--adapter", adapter, "-o", tmp_path / "out")
+    assert "  untied   model.embed_tokens.weight, lm_head.weight\n" in ran.out
+    assert "are one tensor in the base" in ran.err
+
+
+@pytest.mark.parametrize("size", [69, 60])
+@pytest.mark.parametrize(
+    ("options", "saving"),
+    [
+        ({"target_modules": ["q_proj"]}, {"save_embedding_layers": True}),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}, {}),
+        ({"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, {"save_embedding_layers": True}),
+    ],
+    ids=["saved along", "modules to save", "LoRA on both"],
+)
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma3"])
+def test_a_resized_vocabulary_goes_into_weights_and_config(
+    family: str, options: dict[str, Any], saving: dict[str, Any], size: int, tmp_path: Path
+) -> None:
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    model_of(family).double().save_pretrained(base)
+    expected = trained(base, adapter, LoraConfig(r=4, **options), resize=size, **saving)
+    outcome = merge(base, adapter=adapter, output=output)
+    assert expected.shape[-1] == size
+    assert distance(output, expected) <= 1e-9
+    assert outcome.receipt["vocabulary"] == {"before": 64, "after": size}
+    config = config_of(output)
+    assert config.get("text_config", config)["vocab_size"] == size
+    assert any("has no tokenizer with it" in warning for warning in outcome.warnings)
+
+
+def test_a_tied_head_with_lora_alone_brings_the_resized_embedding_along(tmp_path: Path) -> None:
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    model_of("llama_tied").double().save_pretrained(base)
+    expected = trained(base, adapter, LoraConfig(r=4, target_modules=["lm_head"]), resize=69)
+    outcome = merge(base, adapter=adapter, output=output)
+    assert distance(output, expected) <= 1e-9
+    assert outcome.receipt["vocabulary"] == {"before": 64, "after": 69}
+    assert config_of(output)["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(
+    ("module", "resized", "kept"),
+    [("embed_tokens", "model.embed_tokens", "lm_head"), ("lm_head", "lm_head", "model.embed_tokens")],
+)
+def test_of_a_resized_model_both_embedding_and_head_are_needed(
+    module: str, resized: str, kept: str, tmp_path: Path
+) -> None:
+    """PEFT saves of both only what LoRA is on."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model_of("llama").save_pretrained(base)
+    trained(base, adapter, LoraConfig(r=4, target_modules=["q_proj", module]), resize=69)
+    with pytest.raises(CordaConvertError) as refused:
+        merge(base, adapter=adapter, output=tmp_path / "out")
+    assert str(refused.value) == (
+        f"The adapter resizes the vocabulary with {resized}.weight, but not all that goes with it: "
+        f"{kept}.weight is (64, 32), (69, 32) is needed.\n"
+        "Training resized the model's embeddings, and the adapter holds only some of what that changed.\n"
+        "Save the adapter again with save_embedding_layers=True, or merge into the resized base model."
+    )
+
+
+def test_the_bias_of_a_head_that_was_resized_must_come_along(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model_of("bert_masked").save_pretrained(base)
+    options = LoraConfig(r=4, target_modules=["query"])
+    trained(base, adapter, options, resize=69, save_embedding_layers=True)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    kept = {name: tensor for name, tensor in saved.items() if "predictions" not in name}
+    assert "base_model.model.bert.embeddings.word_embeddings.weight" in kept
+    save_file(kept, adapter / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(CordaConvertError, match=r"cls\.predictions\.bias is \(64,\), \(69,\) is needed"):
+        merge(base, adapter=adapter, output=tmp_path / "out")
+
+
+def test_adapters_that_resize_differently_are_refused(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model_of("llama").save_pretrained(base)
+    trained(base, adapter, LoraConfig(r=4, target_modules=["q_proj"]), resize=69, save_embedding_layers=True)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    saved["base_model.model.lm_head.weight"] = saved["base_model.model.lm_head.weight"][:66].clone()
+    save_file(saved, adapter / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(CordaConvertError, match=r"lm_head\.weight 64 → 66, model\.embed_tokens\.weight 64 → 69"):
+        merge(base, adapter=adapter, output=tmp_path / "out")
+
+
+def resized_adapter(base: Path, adapter: Path) -> None:
+    trained(base, adapter, LoraConfig(r=4, target_modules=["k_proj"]), resize=69, save_embedding_layers=True)
+
+
+@pytest.mark.parametrize(("highest", "warned"), [(68, False), (69, True)])
+def test_a_tokenizer_that_knows_more_tokens_than_the_vocabulary_is_named(
+    highest: int, warned: bool, tmp_path: Path
+) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model_of("llama").save_pretrained(base)
+    resized_adapter(base, adapter)
+    tokenizer = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": highest, "content": "<x>"}]}
+    (adapter / "tokenizer.json").write_text(json.dumps(tokenizer))
+    outcome = merge(base, adapter=adapter, output=tmp_path / "out")
+    assert outcome.warnings == (
+        (f"adapter: its tokenizer has token {highest}, the vocabulary has 69 rows.",) if warned else ()
+    )
+    assert json.loads((tmp_path / "out" / "tokenizer.json").read_text()) == tokenizer
+
+
+def test_the_summary_says_the_vocabularys_sizes(done: Any, tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model_of("llama").save_pretrained(base)
+    resized_adapter(base, adapter)
+    assert "  vocab    64 → 69\n" in done("merge", base, "--adapter", adapter, "-o", tmp_path / "out", "--dry-run").out
+    assert "  vocab    64 → 69\n" in done("merge", base, "--adapter", adapter, "-o", tmp_path / "out").out
+
+
+def unknown(base: Path, **changes: Any) -> None:
+    """Makes the base one of an architecture that transformers does not know."""
+    config = config_of(base) | {"model_type": "mystery", "architectures": ["Mystery"]} | changes
+    (base / "config.json").write_text(json.dumps(config))
+
+
+def test_without_the_models_class_all_tensors_of_the_vocabularys_size_must_come(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model_of("llama").save_pretrained(base)
+    resized_adapter(base, adapter)
+    unknown(base)
+    outcome = merge(base, adapter=adapter, output=tmp_path / "out")
+    assert config_of(tmp_path / "out")["vocab_size"] == 69
+    assert outcome.receipt["vocabulary"] == {"before": 64, "after": 69}
+    saved = load_file(adapter / "adapter_model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(tensors(tmp_path / "out")[name], saved[f"base_model.model.{name}"])
+    del saved["base_model.model.lm_head.weight"]
+    save_file(saved, adapter / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(CordaConvertError, match=r"lm_head\.weight would keep 64 rows, 69 are needed"):
+        merge(base, adapter=adapter, output=tmp_path / "other")

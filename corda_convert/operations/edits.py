@@ -7,13 +7,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from corda_convert.adapters.factors import Adapter, Layout, ParameterChange, block_of
-from corda_convert.adapters.replacements import is_module_to_save
+from corda_convert.adapters.replacements import is_module_to_save, originals
+from corda_convert.checkpoint.comparison import same_values
+from corda_convert.checkpoint.dequantized import written_dtype
 from corda_convert.checkpoint.layout import matrix_shape, whole
 from corda_convert.checkpoint.names import NameMap, Place, Target
 from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorRef, TensorSpec
 from corda_convert.errors import AdapterMismatch, CordaConvertError, UnsupportedInput, raise_problems, some
 from corda_convert.operations.production import output_dtype
-from corda_convert.operations.ties import Edit, SharedEdits, Untied, same_values, settle
+from corda_convert.operations.ties import Edit, SharedEdits, Untied, settle
 from corda_convert.operations.transforms import CastTransform, FoldTransform, PlacedChange, Rounding
 from corda_convert.operations.verbatim import VerbatimTransform
 from corda_convert.operations.vocabulary import Resized, resize, resized_shape, tokenizer_warnings
@@ -201,6 +203,10 @@ class _Collector:
         for module, ref in one.adapter.bases.items():
             if module in targets:
                 self._place(one, ref, targets[module], is_own=False)
+        for name, ref in originals(one.adapter.source).items():
+            target = self.names.target(name)
+            if target is not None and target.name in self.names.shared:
+                self._place(one, ref, target, is_own=False)
         changed = {each.target.name for each in changes}
         for name, ref in one.adapter.replacements.items():
             target = self.names.target(name)
@@ -322,7 +328,7 @@ def produced(edits: Edits, names: NameMap, dtype: str | None, rounding: Rounding
 
 def _produce(name: str, edit: Edit, names: NameMap, dtype: str | None, rounding: Rounding) -> Produced:
     stored = names.checkpoint.tensors[edit.source]
-    target = output_dtype(stored.spec.dtype, dtype)
+    target = output_dtype(written_dtype(stored), dtype)
     weight = edit.replacement or stored
     transform: Transform
     if edit.changes:

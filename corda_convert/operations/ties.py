@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from corda_convert.checkpoint.comparison import are_transposed, same_values
 from corda_convert.checkpoint.names import NameMap
 from corda_convert.checkpoint.structure import ModelStructure, read_structure
-from corda_convert.checkpoint.tensors import TensorRef, read_rows, read_tensor
+from corda_convert.checkpoint.tensors import TensorRef
 from corda_convert.errors import CordaConvertError, UnsupportedInput
 from corda_convert.operations.transforms import PlacedChange
 from corda_convert.output.side_files import untied_config
-from corda_convert.plan.packing import row_blocks
 
 
 @dataclass(slots=True)
@@ -239,31 +239,4 @@ def _same_change(one: PlacedChange, other: PlacedChange) -> bool:
         "initial_lora_A": "initial_lora_B",
         "initial_lora_B": "initial_lora_A",
     }
-    return mine.keys() <= crossed.keys() and all(_are_transposed(mine[name], theirs[crossed[name]]) for name in mine)
-
-
-def same_values(one: TensorRef, other: TensorRef) -> bool:
-    """Whether two tensors hold the same numbers, whatever their dtypes; read a block of rows at a time."""
-    if one.shape != other.shape:
-        return False
-    if (one.file, one.spec, one.begin) == (other.file, other.spec, other.begin):
-        return True
-    return all(_equal(*pair) for pair in _row_pairs(one, other))
-
-
-def _row_pairs(one: TensorRef, other: TensorRef) -> Iterator[tuple[Any, Any]]:
-    if not one.shape:
-        yield read_tensor(one), read_tensor(other)
-        return
-    for begin, end in row_blocks(one.shape):
-        yield read_rows(one, begin, end), read_rows(other, begin, end)
-
-
-def _are_transposed(one: TensorRef, other: TensorRef) -> bool:
-    return one.shape == other.shape[::-1] and _equal(read_tensor(one), read_tensor(other).T)
-
-
-def _equal(one: Any, other: Any) -> bool:
-    import torch
-
-    return bool(torch.equal(one.double(), other.double()))
+    return mine.keys() <= crossed.keys() and all(are_transposed(mine[name], theirs[crossed[name]]) for name in mine)

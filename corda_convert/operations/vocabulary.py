@@ -54,8 +54,8 @@ def resize(edits: Mapping[str, Edit], config: dict[str, Any] | None, names: Name
     """
     sizes = {
         name: (names.checkpoint.spec(edit.source).shape[0], edit.replacement.shape[0])
-        for name, edit in edits.items()
-        if edit.replacement is not None and edit.replacement.shape != names.checkpoint.spec(edit.source).shape
+        for name, edit in sorted(edits.items())
+        if edit.replacement is not None and _is_resized(edit, names)
     }
     if not sizes:
         return None
@@ -69,6 +69,10 @@ def resize(edits: Mapping[str, Edit], config: dict[str, Any] | None, names: Name
     return Resized(before, after, changed)
 
 
+def _is_resized(edit: Edit, names: NameMap) -> bool:
+    return edit.replacement is not None and edit.replacement.shape != names.checkpoint.spec(edit.source).shape
+
+
 def _left(sizes: Mapping[str, Any], before: int, after: int, names: NameMap) -> list[CordaConvertError]:
     """Without the model's class: the tensors of as many rows that keep them."""
     left = [name for name, ref in names.checkpoint.tensors.items() if ref.shape[:1] == (before,) and name not in sizes]
@@ -80,13 +84,13 @@ def _misfits(edits: Mapping[str, Edit], config: dict[str, Any], names: NameMap) 
     after = structure_with(config, names)
     if after is None or names.structure is None:
         return [UnsupportedInput("With the new vocab_size the model's class cannot be built.")]
-    resized = [name for name, edit in edits.items() if edit.replacement is not None]
+    resized = [name for name, edit in sorted(edits.items()) if _is_resized(edit, names)]
     misfits = [
         f"{tensor_name} is {shape}, {after.parameters[name].shape} is needed"
         for name, tensor_name, shape in _output_shapes(edits, names)
         if name in after.parameters
         and shape != after.parameters[name].shape
-        and (tensor_name in resized or after.parameters[name].shape != names.structure.parameters[name].shape)
+        and (tensor_name in edits or after.parameters[name].shape != names.structure.parameters[name].shape)
     ]
     return [_unsized("; ".join(misfits), None, some(resized))] if misfits else []
 
