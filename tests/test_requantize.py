@@ -18,12 +18,15 @@ from corda_convert.checkpoint.folder import read_checkpoint
 from corda_convert.checkpoint.names import NameMap
 from corda_convert.checkpoint.quantized import Quantization
 from corda_convert.checkpoint.structure import read_structure
+from corda_convert.checkpoint.tensors import TensorSpec
 from corda_convert.errors import CordaConvertError, PlanRefused
 from corda_convert.linalg.fp8 import dequantize_blocks, quantize_blocks
 from corda_convert.operations.edits import Applied, collect_edits, fit_changes, produced
 from corda_convert.operations.production import checkpoint_files
 from corda_convert.operations.requantize import requantized
+from corda_convert.operations.transforms import CastTransform
 from corda_convert.plan import packing
+from corda_convert.plan.model import Produced
 
 BLOCK = (128, 128)
 FP8 = Quantization("fp8", None, BLOCK)
@@ -239,6 +242,18 @@ def test_what_cannot_be_quantized_again_is_refused_together(tmp_path: Path) -> N
         merged(source, adapter, tmp_path / "out")
     assert len(refusal.value.problems) == 2
     assert "self_attn.q_proj.weight has one scale for a whole matrix (160, 160)" in str(refusal.value)
+
+
+def test_weights_that_do_not_keep_their_shape_are_refused(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path, fp8_tensors(), config=CONFIG)
+    readable = dequantized(read_checkpoint(source), FP8)
+    name = f"{LAYER}.mlp.up_proj.weight"
+    ref = readable.tensors[name]
+    same = Produced(ref.spec, CastTransform(ref, "F32"))
+    larger = Produced(TensorSpec(name, "F32", (640, 160)), CastTransform(ref, "F32"))
+    for produced_instead in ((larger,), (same, larger)):
+        with pytest.raises(CordaConvertError, match="would get another shape, or a tensor beside it"):
+            requantized({name: produced_instead}, readable)
 
 
 def test_mxfp4_that_is_touched_is_refused(tmp_path: Path) -> None:
