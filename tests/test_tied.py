@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from families import DECODER, tiny
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -58,7 +58,7 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval()(**inputs).logits.double()
 
 
-def trained(base: Path, folder: Path, config: LoraConfig, *, resize: int | None = None, **saving: Any) -> torch.Tensor:
+def trained(base: Path, folder: Path, config: PeftConfig, *, resize: int | None = None, **saving: Any) -> torch.Tensor:
     """Saves an adapter with random weights, and gives the logits of the reloaded adapter model."""
     model_class = type_of(base)
     model = load(base)
@@ -395,3 +395,65 @@ def test_without_the_models_class_all_tensors_of_the_vocabularys_size_must_come(
     save_file(saved, adapter / "adapter_model.safetensors", {"format": "pt"})
     with pytest.raises(CordaConvertError, match=r"lm_head\.weight would keep 64 rows, 69 are needed"):
         merge(base, adapter=adapter, output=tmp_path / "other")
+
+
+def test_what_peft_keeps_below_a_saved_embedding_goes_to_the_head(tmp_path: Path) -> None:
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    model_of("llama_tied").double().save_pretrained(base)
+    options = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    expected = trained(base, adapter, options, resize=69)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    below = saved["base_model.model.model.embed_tokens.original_module.weight"]
+    del saved["base_model.model.lm_head.weight"]
+    save_file(saved, adapter / "adapter_model.safetensors", {"format": "pt"})
+    merge(base, adapter=adapter, output=output)
+    assert torch.equal(tensors(output)["lm_head.weight"], below)
+    assert distance(output, expected) <= 1e-9
+
+
+TOKENS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "of the embedding": ("llama_tied", {"trainable_token_indices": [1, 5, 63]}, 0),
+    "of both alike": ("llama_tied", {"trainable_token_indices": {"embed_tokens": [1, 5], "lm_head": [1, 5]}}, 0),
+    "of both": ("llama_tied", {"trainable_token_indices": {"embed_tokens": [1, 5], "lm_head": [2, 5]}}, 1),
+    "of the head": ("llama_tied", {"trainable_token_indices": {"lm_head": [5, 6]}}, 1),
+    "with LoRA on the head": ("llama_tied", {"target_modules": ["lm_head"], "trainable_token_indices": [5, 6]}, 1),
+    "T5": ("t5", {"trainable_token_indices": [4, 5, 6], "target_modules": ["q"]}, 0),
+    "T5's encoder": ("t5", {"trainable_token_indices": {"encoder.embed_tokens": [4, 5]}, "target_modules": ["q"]}, 1),
+    "untied": ("llama", {"trainable_token_indices": [1, 5, 63]}, 0),
+    "GPT-2": ("gpt2", {"trainable_token_indices": {"wte": [3, 4]}, "target_modules": ["c_attn"]}, 0),
+}
+
+
+@pytest.mark.parametrize("case", TOKENS)
+def test_trainable_tokens_are_tied_as_peft_ties_them(case: str, tmp_path: Path) -> None:
+    family, options, added = TOKENS[case]
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    model_of(family).double().save_pretrained(base)
+    expected = trained(base, adapter, LoraConfig(r=4, **{"target_modules": ["q_proj"], **options}))
+    merge(base, adapter=adapter, output=output)
+    assert distance(base, expected) > 1e-2
+    assert distance(output, expected) <= 1e-9
+    assert len(tensors(output)) - len(tensors(base)) == added
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_new_tokens_of_a_resized_vocabulary_are_merged(family: str, tmp_path: Path) -> None:
+    """New tokens are added, and only they are trained: PEFT saves the resized embeddings beside their rows."""
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    model_of(family).double().save_pretrained(base)
+    options = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[64, 65, 66])
+    expected = trained(base, adapter, options, resize=67)
+    outcome = merge(base, adapter=adapter, output=output)
+    assert outcome.receipt["vocabulary"] == {"before": 64, "after": 67}
+    assert distance(output, expected) <= 1e-9
+    assert tensors(output).keys() == tensors(base).keys()
+
+
+@pytest.mark.parametrize("indices", [[1, 5], [63]])
+def test_an_adapter_of_trainable_tokens_alone_stays_tied(indices: list[int], tmp_path: Path) -> None:
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    model_of("llama_tied").double().save_pretrained(base)
+    expected = trained(base, adapter, TrainableTokensConfig(token_indices=indices, target_modules=["embed_tokens"]))
+    merge(base, adapter=adapter, output=output)
+    assert distance(output, expected) <= 1e-9
+    assert tensors(output).keys() == tensors(base).keys()

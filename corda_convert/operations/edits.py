@@ -160,13 +160,15 @@ def _with_base_hint(problems: list[CordaConvertError], adapter: Adapter) -> list
 
 def collect_edits(applied: Sequence[Applied], fitted: Sequence[Sequence[Fitted]], names: NameMap) -> Edits:
     """What becomes of each tensor that an adapter touches. Raises every problem together."""
-    collector = _Collector(names)
+    collector = _Collector(names, SharedEdits(names))
     for one, changes in zip(applied, fitted, strict=True):
+        before = collector.shared.lengths()
         collector.replace(one, changes)
         for each in changes:
             collector.change(one, each)
+        collector.shared.follow(before)
     raise_problems(collector.problems)
-    settled = settle(collector.shared, names)
+    settled = settle(collector.shared)
     raise_problems(settled.problems)
     tensors = {**collector.tensors, **settled.edits}
     vocabulary = resize(tensors, settled.config or names.checkpoint.config, names)
@@ -184,8 +186,8 @@ class _Collector:
     """Notes what adapters do to each tensor, and to each parameter that shares one."""
 
     names: NameMap
+    shared: SharedEdits
     tensors: dict[str, Edit] = field(default_factory=dict)
-    shared: SharedEdits = field(default_factory=SharedEdits)
     problems: list[CordaConvertError] = field(default_factory=list)
 
     def edit(self, target: Target, place: Place) -> Edit:

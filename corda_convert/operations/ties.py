@@ -46,12 +46,54 @@ class SharedEdits:
     """What adapters do to tied parameters, by run-time name.
 
     Attributes:
+        names: of the model.
         edits: what is done to each parameter itself.
         bases: weights that stand for the shared tensor: PEFT saves them along and loads them into it.
     """
 
+    names: NameMap
     edits: dict[str, Edit] = field(default_factory=dict)
     bases: dict[str, TensorRef] = field(default_factory=dict)
+    _splits: dict[tuple[str, ...], tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
+
+    def split(self, members: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Of parameters that the class ties those that share a weight, and those whose stored values differ from it.
+
+        transformers leaves the latter alone.
+        """
+        if members not in self._splits:
+            self._splits[members] = _split(members, self.names)
+        return self._splits[members]
+
+    def lengths(self) -> dict[str, int]:
+        """How many changes each parameter has so far."""
+        return {name: len(edit.changes) for name, edit in self.edits.items()}
+
+    def follow(self, before: Mapping[str, int]) -> None:
+        """Makes an adapter's changes of the input embedding that keep its ties to what is tied to it, too.
+
+        As PEFT does: unless one of those has such a change of its own, and before its other changes.
+        `before` is what `lengths` was before the adapter.
+        """
+        for members in {self.names.shared[name] for name in self.edits}:
+            tied, _ = self.split(members)
+            added = {
+                name: [placed for placed in self.edits[name].changes[before.get(name, 0) :] if placed.change.keeps_tie]
+                for name in tied
+                if name in self.edits
+            }
+            embedding = next((name for name in tied if self._is_embedding(name)), None)
+            if embedding not in added or any(added[name] for name in added if name != embedding):
+                continue
+            for name in tied:
+                if name != embedding and added[embedding]:
+                    start = before.get(name, 0)
+                    source = self.edits[embedding].source
+                    self.edits.setdefault(name, Edit(source)).changes[start:start] = added[embedding]
+
+    def _is_embedding(self, name: str) -> bool:
+        structure = self.names.structure
+        return structure is not None and structure.parameters[name].kind == "embedding"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +137,13 @@ class Settled:
     problems: tuple[CordaConvertError, ...] = ()
 
 
-def settle(shared: SharedEdits, names: NameMap) -> Settled:
+def settle(shared: SharedEdits) -> Settled:
     """Gives each tensor that shared parameters lie in, or need from now on, its edit."""
+    names = shared.names
     groups: dict[tuple[str, ...], dict[str, Edit]] = {}
     result: dict[str, Edit] = {}
     for members in sorted({names.shared[name] for name in (*shared.edits, *shared.bases)}):
-        tied, alone = _split(members, names)
+        tied, alone = shared.split(members)
         groups[tied] = edits = _spread(tied, alone, shared, names)
         result |= {disk: edits[name] for name, disk in _stored(members, names).items() if not edits[name].is_empty}
     if all(same_edit(edits[tied[0]], edits[name]) for tied, edits in groups.items() for name in tied[1:]):
@@ -116,7 +159,6 @@ def _stored(members: Iterable[str], names: NameMap) -> dict[str, str]:
 
 
 def _split(members: tuple[str, ...], names: NameMap) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The parameters that share a weight, and those that transformers leaves alone since their stored values differ."""
     stored = _stored(members, names)
     if len(stored) < 2:
         return members, ()
@@ -139,21 +181,7 @@ def _spread(tied: Sequence[str], alone: Sequence[str], shared: SharedEdits, name
         edit = shared.edits.get(name, Edit(source))
         base = shared.bases.get(name, common if name in tied else None)
         edits[name] = Edit(stored.get(name, source), edit.replacement or base, list(edit.changes))
-    for name, change in _following(tied, edits, names):
-        for other in tied:
-            if other != name and edits[other].replacement is edits[name].replacement:
-                edits[other].changes.append(change)
     return edits
-
-
-def _following(tied: Sequence[str], edits: Mapping[str, Edit], names: NameMap) -> list[tuple[str, PlacedChange]]:
-    """Changes of the input embedding that PEFT makes to what is tied to it, unless that has such a change of its own."""
-    kinds = names.structure.parameters if names.structure is not None else {}
-    embedding = next((name for name in tied if name in kinds and kinds[name].kind == "embedding"), None)
-    following = {name: [change for change in edits[name].changes if change.change.keeps_tie] for name in tied}
-    if embedding is None or any(following[name] for name in tied if name != embedding):
-        return []
-    return [(embedding, change) for change in following[embedding]]
 
 
 def _untie(groups: Mapping[tuple[str, ...], Mapping[str, Edit]], settled: dict[str, Edit], names: NameMap) -> Settled:
