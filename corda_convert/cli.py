@@ -158,11 +158,37 @@ def decompose(model: Path, covariances: Path | None, **options: Any) -> None:
 
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--adapter", required=True, type=click.Path(path_type=Path), help="Folder of the trained adapter.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Folder of a trained adapter; repeatable, and the order does not matter unless one is DoRA or bat.",
+)
+@click.option(
+    "--scale",
+    "scales",
+    multiple=True,
+    type=float,
+    help="How many times an adapter is taken, such as 0.5 or -1: one for each --adapter, in the same order. [default: 1]",
+)
 @click.option(
     "--init",
+    "initials",
+    multiple=True,
     type=click.Path(path_type=Path),
-    help="Initial adapter (corda_init), to merge a residual adapter into the base.",
+    help="Initial adapter (corda_init) or PEFT's CorDA cache_file, to merge a residual adapter into the base; repeatable, "
+    "and matched to the adapters by the numbers.",
+)
+@click.option(
+    "--residual",
+    type=click.Path(path_type=Path),
+    help="Residual model that the adapter was trained beside, to merge into the base where --init is lost.",
+)
+@click.option(
+    "--subtract",
+    type=click.Path(path_type=Path),
+    help="Instead of an adapter: initial adapter to take out of MODEL. OUTPUT is the residual, as decompose writes it.",
 )
 @click.option(
     "--rounding",
@@ -173,21 +199,43 @@ def decompose(model: Path, covariances: Path | None, **options: Any) -> None:
 )
 @click.option("--as-is", is_flag=True, help="Do not ask whether the adapter belongs on a residual.")
 @run_options
-def merge(model: Path, adapter: Path, init: Path | None, **options: Any) -> None:
-    """Fold a trained adapter into MODEL's weights.
+def merge(model: Path, adapters: tuple[Path, ...], **options: Any) -> None:
+    """Fold trained adapters into MODEL's weights, or take an initial adapter out of them.
 
-    Takes LoRA (rsLoRA, rank and alpha patterns), CorDA, PiSSA and OLoRA, and Bone/MiSS. A residual adapter goes into
-    its residual, or into the base with --init; anything else is refused.
+    Takes LoRA (rsLoRA, DoRA, rank and alpha patterns), CorDA, PiSSA and OLoRA, trained tokens, and Bone/MiSS. An adapter
+    that was trained beside a residual goes into its residual, or into the base with --init or --residual. PiSSA and OLoRA
+    go into the base without: what the training began with is computed again. Anything else is refused.
 
     \b
     Example:
       corda-convert merge fixtures/model --adapter fixtures/adapters/lora -o merged
+
+    \b
+    Half of one adapter less another; and a residual made without any SVD:
+      corda-convert merge fixtures/model --adapter fixtures/adapters/lora --scale 0.5 \\
+        --adapter fixtures/adapters/lora_patterns --scale -1 -o merged
+      corda-convert merge fixtures/model --subtract fixtures/residual/corda_init -o residual
     """
-    output = _check_paths(options, ("model", model), ("adapter", adapter), ("initial adapter", init))
+    if not adapters and options["subtract"] is None:
+        raise click.UsageError("Missing option '--adapter' (or '--subtract').", click.get_current_context())
+    output = _check_paths(
+        options,
+        ("model", model),
+        *(("adapter", path) for path in adapters),
+        *(("initial adapter", path) for path in (*options["initials"], options["subtract"])),
+        ("residual", options["residual"]),
+    )
     from corda_convert.operations import merge as operation
 
-    chosen = operation.MergeOptions(init=init, rounding=options["rounding"], as_is=options["as_is"])
-    _report(operation.merge(model, adapter=adapter, output=output, options=chosen, run=_run(options)), options)
+    chosen = operation.MergeOptions(
+        init=options["initials"],
+        scales=options["scales"],
+        residual=options["residual"],
+        subtract=options["subtract"],
+        rounding=options["rounding"],
+        as_is=options["as_is"],
+    )
+    _report(operation.merge(model, adapter=adapters, output=output, options=chosen, run=_run(options)), options)
 
 
 @cli.command("to-lora")

@@ -802,8 +802,8 @@ def test_a_quantized_weight_is_neither_folded_nor_replaced_nor_decomposed(
 
 ADDED_TWICE = (
     "Merged as it is, the part that the residual lacks would be added twice.\n"
-    "Merge into the residual, or into the base with --init DIR (the corda_init folder). "
-    "If you know that it belongs on this model as it is, say --as-is."
+    "Merge into the residual, or into the base with --init (the corda_init folder, or PEFT's CorDA cache_file) or "
+    "--residual (the residual's folder). If you know that it belongs on this model as it is, say --as-is."
 )
 
 

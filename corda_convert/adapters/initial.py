@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
-from corda_convert.adapters.factors import Adapter
+from corda_convert.adapters import read_adapter
+from corda_convert.adapters.cache import read_cache
+from corda_convert.adapters.dora import DoraFactors, lora_factors
+from corda_convert.adapters.factors import Adapter, ParameterChange
 from corda_convert.adapters.lora import LoraFactors
 from corda_convert.errors import AdapterMismatch, CordaConvertError, raise_problems, some
+
+
+def read_initial(path: Path, adapter: Adapter) -> Adapter:
+    """The initial adapter in a folder, or behind PEFT's CorDA cache file, for this adapter. Raises one of our errors."""
+    if path.is_file():
+        return read_cache(path, adapter)
+    return read_adapter(path)
 
 
 def with_initial(adapter: Adapter, initial: Adapter) -> Adapter:
@@ -14,8 +26,13 @@ def with_initial(adapter: Adapter, initial: Adapter) -> Adapter:
 
     Raises `AdapterMismatch` unless both have the same modules, shapes and scaling.
     """
-    before = {factors.module_name: factors for factors in initial.modules if isinstance(factors, LoraFactors)}
-    after = {factors.module_name: factors for factors in adapter.modules if isinstance(factors, LoraFactors)}
+    for one in (adapter, initial):
+        if one.kind != "lora":
+            raise AdapterMismatch(
+                f"--init is for LoRA adapters trained beside a residual; {one.source.name} is {one.kind}.",
+                next_step="Leave out --init.",
+            )
+    before, after = ({each.module_name: each for each in lora_factors(one.modules)} for one in (initial, adapter))
     if before.keys() != after.keys():
         odd = sorted(before.keys() ^ after.keys())
         raise AdapterMismatch(
@@ -24,35 +41,34 @@ def with_initial(adapter: Adapter, initial: Adapter) -> Adapter:
             why="The initial adapter is of another training run.",
             next_step="Give the corda_init folder that the training started from as --init.",
         )
-    problems: list[CordaConvertError] = []
-    modules = []
-    for name, factors in after.items():
-        initial_factors = before[name]
-        if (factors.lora_A.shape, factors.lora_B.shape) != (initial_factors.lora_A.shape, initial_factors.lora_B.shape):
-            problems.append(
-                AdapterMismatch(
-                    f"{name}: the adapter has lora_A {factors.lora_A.shape}, lora_B {factors.lora_B.shape}, the "
-                    f"initial adapter {initial_factors.lora_A.shape}, {initial_factors.lora_B.shape}."
-                )
-            )
-        elif not math.isclose(factors.scaling, initial_factors.scaling, rel_tol=1e-9):
-            problems.append(
-                AdapterMismatch(
-                    f"{name}: the adapter scales by {factors.scaling:g}, the initial adapter by "
-                    f"{initial_factors.scaling:g}; they must agree.",
-                    next_step="Compare r, lora_alpha, use_rslora and the patterns of both configs.",
-                )
-            )
-        modules.append(
-            LoraFactors(
-                name,
-                factors.lora_A,
-                factors.lora_B,
-                factors.scaling,
-                factors.is_embedding,
-                initial_factors.lora_A,
-                initial_factors.lora_B,
-            )
-        )
+    problems = [problem for name in after if (problem := _problem(after[name], before[name])) is not None]
     raise_problems(problems)
-    return Adapter(adapter.source, "lora", "plain", tuple(modules), adapter.replacements, adapter.bases)
+    return replace(adapter, initialization="plain", modules=tuple(_joined(each, before) for each in adapter.modules))
+
+
+def _problem(factors: LoraFactors, initial: LoraFactors) -> CordaConvertError | None:
+    name = factors.module_name
+    shapes = (factors.lora_A.shape, factors.lora_B.shape)
+    initial_shapes = (initial.lora_A.shape, initial.lora_B.shape)
+    if shapes != initial_shapes:
+        return AdapterMismatch(
+            f"{name}: the adapter has lora_A {shapes[0]}, lora_B {shapes[1]}, the "
+            f"initial adapter {initial_shapes[0]}, {initial_shapes[1]}."
+        )
+    if not math.isclose(factors.scaling, initial.scaling, rel_tol=1e-9):
+        return AdapterMismatch(
+            f"{name}: the adapter scales by {factors.scaling:g}, the initial adapter by {initial.scaling:g}; they must agree.",
+            next_step="Compare r, lora_alpha, use_rslora and the patterns of both configs.",
+        )
+    return None
+
+
+def _joined(change: ParameterChange, initial: dict[str, LoraFactors]) -> ParameterChange:
+    if isinstance(change, DoraFactors):
+        return replace(change, lora=_with_factors(change.lora, initial))
+    return _with_factors(change, initial) if isinstance(change, LoraFactors) else change
+
+
+def _with_factors(factors: LoraFactors, initial: dict[str, LoraFactors]) -> LoraFactors:
+    first = initial[factors.module_name]
+    return replace(factors, initial_lora_A=first.lora_A, initial_lora_B=first.lora_B)

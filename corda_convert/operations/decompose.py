@@ -127,14 +127,14 @@ def decompose(
                 relation="finetune",
                 tags=("corda" if options.method == "corda" else "pissa", "residual"),
             ),
-            _SNIPPET,
+            RESIDUAL_SNIPPET,
         ),
     )
     load_solvers()
     return produce(production, run)
 
 
-_SNIPPET = """from peft import PeftModel
+RESIDUAL_SNIPPET = """from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 residual = AutoModelForCausalLM.from_pretrained("{repo}")

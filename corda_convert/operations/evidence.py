@@ -6,7 +6,7 @@ model that is silently wrong. A few modules are read before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -17,11 +17,14 @@ from corda_convert.adapters.lora import LoraFactors
 from corda_convert.adapters.source import CONFIG_FILE
 from corda_convert.checkpoint.folder import INITIAL_ADAPTER_FOLDER, Checkpoint
 from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorRef, read_rows, read_tensor
-from corda_convert.errors import AdapterMismatch
+from corda_convert.errors import AdapterMismatch, UnsupportedInput
 from corda_convert.plan.packing import row_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Matrices = Mapping[str, tuple[TensorRef, Layout]]
+"""The stored matrix of each module, and how it lies."""
 
 SAMPLED_MODULES = 8
 """Modules that are read for a judgement: the smallest ones, so that it costs milliseconds."""
@@ -29,6 +32,10 @@ SAMPLED_MODULES = 8
 REPEATED_SHARE = 0.15
 """A median cosine above this between `s·B·A` and the weight's own part in B's column space tells a residual adapter. On
 the fixtures, trained for 300 steps: 0.3 for the CorDA adapter on the base, 0.005 on its residual, −0.006 for plain LoRA."""
+
+PROJECTED_SHARE = 0.9
+"""The least median cosine between initial factors and the base that they were taken from: 1 for those of `decompose` and
+of PEFT's methods but LoRA-GA; 0.5 for the fixture's CorDA adapter after its training."""
 
 KEPT_DIRECTION = 0.4
 """A median cosine below this between the rows of lora_A and of its initial adapter tells that they are of two trainings."""
@@ -86,7 +93,7 @@ def check_same_training(adapter: Adapter, initial: Adapter) -> None:
         )
 
 
-def check_base_of_initial(initial: Adapter, weights: dict[str, tuple[TensorRef, Layout]], model: Checkpoint) -> None:
+def check_base_of_initial(initial: Adapter, weights: Matrices, model: Checkpoint) -> None:
     """With `--init`, MODEL must be the base. Refuses one from which `s·B₀A₀` was already taken.
 
     For projection methods `s·B₀A₀ = Q Qᵀ W` on the base, while `Qᵀ W_res = 0`. Raises `AdapterMismatch`.
@@ -107,7 +114,72 @@ def check_base_of_initial(initial: Adapter, weights: dict[str, tuple[TensorRef, 
         )
 
 
-def check_plain(adapter: Adapter, weights: dict[str, tuple[TensorRef, Layout]], model: Checkpoint) -> None:
+def check_subtracted(initial: Adapter, weights: Matrices, model: Checkpoint) -> None:
+    """With `--subtract`, the factors must be those that MODEL's residual lacks. Raises `AdapterMismatch`."""
+    if initial_adapter_of(model.root) is not None:
+        raise AdapterMismatch(
+            f"{model.name} is a residual already: it has its initial adapter with it.",
+            next_step="Subtract the initial adapter from the base model.",
+        )
+    shares = _shares(initial, weights)
+    if shares and median(shares) < PROJECTED_SHARE:
+        raise AdapterMismatch(
+            f"{initial.source.name} is no initial adapter of {model.name}: its B·A is {median(shares):.1%} of the weight in "
+            "its own column space; 100 % was expected.",
+            why="It is a trained adapter, or of another model.",
+            next_step="Give the initial adapter as it was before the training. To take a plain LoRA out of a model, give it "
+            "as --adapter with --scale -1. If the initial factors are no projection of the weights (LoRA-GA), say --as-is.",
+        )
+
+
+def check_residual(adapter: Adapter, base: Matrices, residual: Matrices, name: str) -> None:
+    """With `--residual`, the adapter must have been trained beside it, and MODEL minus it be what the training took out.
+
+    Both are told by the cosine between `B·A` and what the two models hold in B's column space: that of the residual is
+    small, that of the difference large. Raises `AdapterMismatch`.
+    """
+    shares = _shares(adapter, residual)
+    if shares and median(shares) > REPEATED_SHARE:
+        raise AdapterMismatch(
+            f"{adapter.source.name} was not trained beside {name}: its B·A repeats {median(shares):.0%} of {name}'s own "
+            "weight there.",
+            why="It is the base, or the residual of another training.",
+            next_step="Give the residual model that the training loaded.",
+        )
+    taken = _shares(adapter, base, minus=residual)
+    if taken and median(taken) < REPEATED_SHARE:
+        raise AdapterMismatch(
+            f"{adapter.source.name} was not trained beside {name}: what the model has more than {name} does not lie where "
+            f"its B·A does (median cosine {median(taken):.3f}).",
+            why="The residual, the base and the adapter are not of one training.",
+            next_step="Give the residual model that the training loaded.",
+        )
+
+
+def check_scales(scales: Sequence[float], model: Checkpoint) -> None:
+    """On a residual, adapters that were trained beside it must be taken once together. Raises `UnsupportedInput`.
+
+    `W_res + Σ cᵢ·s·BᵢAᵢ` has `s·B₀A₀` in it `Σ cᵢ` times, and the model has it once.
+    """
+    if initial_adapter_of(model.root) is not None and abs(sum(scales) - 1.0) > 1e-6:
+        raise UnsupportedInput(
+            f"{model.name} is a residual: the scales of adapters trained beside it must add up to 1; these add up to "
+            f"{sum(scales):g}.",
+            why="Each holds the part that the residual lacks, which the model must have once.",
+            next_step="Merge into the base model with --init.",
+        )
+
+
+def was_taken_from(adapter: Adapter, weights: Matrices, model: Checkpoint) -> bool:
+    """Whether the model is the base that this adapter's initial factors are a part of, as far as the numbers tell."""
+    named = _local_folder(adapter.source.base_name)
+    if initial_adapter_of(model.root) is not None or (named is not None and initial_adapter_of(named) is not None):
+        return False
+    shares = _shares(adapter, weights)
+    return bool(shares) and median(shares) > REPEATED_SHARE
+
+
+def check_plain(adapter: Adapter, weights: Matrices, model: Checkpoint) -> None:
     """Without `--init`: refuses a residual adapter on a model that is not its residual, and the reverse.
 
     Raises `AdapterMismatch` with what gave it away: the residual's initial adapter, the adapter's config, the place that
@@ -165,8 +237,8 @@ def _needs_initial(adapter: Adapter, model: Checkpoint, evidence: str) -> Adapte
     return AdapterMismatch(
         f"{adapter.source.name} was trained beside a residual, and {model.name} is not that residual: {evidence}.",
         why="Merged as it is, the part that the residual lacks would be added twice.",
-        next_step="Merge into the residual, or into the base with --init DIR (the corda_init folder). "
-        "If you know that it belongs on this model as it is, say --as-is.",
+        next_step="Merge into the residual, or into the base with --init (the corda_init folder, or PEFT's CorDA cache_file) "
+        "or --residual (the residual's folder). If you know that it belongs on this model as it is, say --as-is.",
     )
 
 
@@ -178,7 +250,8 @@ def _local_folder(name: str) -> Path | None:
         return None
 
 
-def _shares(adapter: Adapter, weights: dict[str, tuple[TensorRef, Layout]]) -> list[float]:
+def _shares(adapter: Adapter, weights: Matrices, *, minus: Matrices | None = None) -> list[float]:
+    """The cosine of a few modules' `B·A` and the weight's own part in B's column space; of weights less those of `minus`."""
     from corda_convert.linalg import lora
 
     shares = []
@@ -188,7 +261,11 @@ def _shares(adapter: Adapter, weights: dict[str, tuple[TensorRef, Layout]]) -> l
         weight, layout = weights[factors.module_name]
         if weight.spec.dtype in COMPUTABLE_DTYPES:
             A, B = read_tensor(factors.lora_A), read_tensor(factors.lora_B)
-            share = lora.projection_share(_projected(weight, layout, lora.column_space(B)), A, B)
+            basis = lora.column_space(B)
+            projected = _projected(weight, layout, basis)
+            if minus is not None:
+                projected -= _projected(*minus[factors.module_name], basis)
+            share = lora.projection_share(projected, A, B)
             shares.append(share if factors.scaling >= 0 else -share)
     return shares
 

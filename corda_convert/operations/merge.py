@@ -1,29 +1,33 @@
-"""`merge`: a trained adapter folded into dense weights."""
+"""`merge`: trained adapters folded into dense weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from corda_convert.adapters import read_adapter
-from corda_convert.adapters.factors import Adapter, Layout
-from corda_convert.adapters.initial import with_initial
-from corda_convert.checkpoint.dense_families import dense_structure
+from corda_convert.adapters.factors import Adapter
 from corda_convert.checkpoint.folder import Checkpoint, read_checkpoint
 from corda_convert.checkpoint.names import NameMap
-from corda_convert.checkpoint.structure import ModelStructure, read_structure
-from corda_convert.checkpoint.tensors import TensorRef
-from corda_convert.errors import AdapterMismatch
-from corda_convert.operations import evidence
-from corda_convert.operations.edits import Applied, Fitted, collect_edits, fit_changes, produced
+from corda_convert.errors import UnsupportedInput
+from corda_convert.operations.belonging import Part, check_belonging, fit_all, structure_for
+from corda_convert.operations.edits import collect_edits, produced
+from corda_convert.operations.initials import assign
 from corda_convert.operations.model_side import model_side_files, transformers_card
 from corda_convert.operations.options import Outcome, RunOptions
 from corda_convert.operations.production import Input, Production, checkpoint_files, produce, read_ahead
+from corda_convert.operations.reproduction import Reproduction, reproduced
+from corda_convert.operations.residual import Residual, fold_into_residual, read_residual
+from corda_convert.operations.several import check_together, in_fixed_order, order_matters, scaled
+from corda_convert.operations.subtraction import subtract
 from corda_convert.operations.transforms import Rounding
+from corda_convert.output.model_card import Card
 from corda_convert.output.read_ahead import ReadAhead
 from corda_convert.output.side_files import tokenizer_files
+
+Paths = Path | str | Sequence[Path | str]
+"""One path or several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +35,19 @@ class MergeOptions:
     """What `merge` alone takes.
 
     Attributes:
-        init: the initial adapter (`corda_init`), to merge a residual adapter into the base.
+        init: initial adapters (`corda_init`, or PEFT's CorDA cache file), to merge residual adapters into the base. Each
+            belongs to the adapters that were trained from it, which the numbers tell.
+        scales: how many times each adapter is taken, negative ones included; once, where none are given.
+        residual: the model that the one adapter was trained beside, to merge into the base where `init` is lost.
+        subtract: an initial adapter to take out of the model, instead of adding adapters: the result is its residual.
         rounding: `nearest`, or `peft` for PEFT's bits.
-        as_is: trust the user that the adapter's delta, with `init` or without, belongs on this very model.
+        as_is: trust the user that every delta, with `init` or without, belongs on this very model.
     """
 
-    init: Path | str | None = None
+    init: Paths | None = None
+    scales: Sequence[float] = ()
+    residual: Path | str | None = None
+    subtract: Path | str | None = None
     rounding: Rounding = "nearest"
     as_is: bool = False
 
@@ -44,130 +55,174 @@ class MergeOptions:
 def merge(
     model: Path | str,
     *,
-    adapter: Path | str,
+    adapter: Paths = (),
     output: Path | str,
     options: MergeOptions = MergeOptions(),
     run: RunOptions = RunOptions(),  # noqa: B008 - frozen
 ) -> Outcome:
-    """Folds an adapter into a model: `W + s·B·A`, `W + s·(BA − B₀A₀)` with `options.init`, or a Bone/MiSS block.
+    """Folds adapters into a model: `W + Σ cᵢ·sᵢ·BᵢAᵢ`, `W + Σ cᵢ·sᵢ·(BᵢAᵢ − B₀A₀)` with `options.init`, or Bone/MiSS blocks.
 
-    Computes in float32 (float64 for float64 weights) and rounds once to each tensor's dtype. Everything the adapter
-    does not touch is copied byte for byte. Raises a `CordaConvertError`; then nothing was written.
+    Computes in float32 (float64 for float64 weights) and rounds once to each tensor's dtype. Everything that no adapter
+    touches is copied byte for byte. The order of the adapters does not matter, unless one depends on the weight (DoRA, bat
+    blocks). Raises a `CordaConvertError`; then nothing was written.
     """
+    adapters = _paths(adapter)
     checkpoint = read_checkpoint(Path(model))
-    trained = read_adapter(Path(adapter))
-    with read_ahead((trained.source.file, *checkpoint.shards), run) as ahead:
+    if options.subtract is not None:
+        if adapters or options.init or options.residual or options.scales:
+            raise UnsupportedInput(
+                "--subtract makes a residual, and goes with no --adapter, --scale, --init or --residual.",
+                next_step="To merge an adapter trained beside that residual into the base, give --adapter and --init.",
+            )
+        return subtract(checkpoint, Path(options.subtract), Path(output), run, as_is=options.as_is)
+    if not adapters:
+        raise UnsupportedInput("There is nothing to merge.", next_step="Give one --adapter or several, or --subtract.")
+    trained = [read_adapter(path) for path in adapters]
+    with read_ahead((*(each.source.file for each in trained), *checkpoint.shards), run) as ahead:
         return _merge(checkpoint, trained, Path(output), options, run, ahead)
+
+
+def _paths(paths: Paths | None) -> tuple[Path, ...]:
+    if paths is None:
+        return ()
+    return (Path(paths),) if isinstance(paths, (str, Path)) else tuple(Path(path) for path in paths)
 
 
 def _merge(
     checkpoint: Checkpoint,
-    trained: Adapter,
+    trained: Sequence[Adapter],
     output: Path,
     options: MergeOptions,
     run: RunOptions,
     ahead: ReadAhead | None,
 ) -> Outcome:
-    folded, initial = (trained, None) if options.init is None else _with_init(trained, Path(options.init))
-    names = NameMap(checkpoint, _structure(checkpoint, folded))
-    fitted = fit_changes(folded, names)
-    weights = matrices(fitted, checkpoint)
-    if initial is not None and not options.as_is:
-        evidence.check_same_training(trained, initial)
-        evidence.check_base_of_initial(initial, weights, checkpoint)
-    elif not options.as_is:
-        evidence.check_plain(trained, weights, checkpoint)
-    dtype = run.output_dtype
-    edits = collect_edits([Applied(folded)], [fitted], names)
-    touched = produced(edits, names, dtype, options.rounding)
-    side_files, left = model_side_files(checkpoint, run, (tokenizer_files(trained.source.folder),), edits.config)
-    production = Production(
-        command="merge",
-        options={
-            "model": checkpoint.name,
-            "adapter": trained.source.name,
-            "init": None if initial is None else initial.source.name,
-            "rounding": options.rounding,
-            "as_is": options.as_is,
-            "dtype": run.dtype,
-        },
-        output=output,
-        inputs=_inputs(checkpoint, trained, initial),
-        files=checkpoint_files(checkpoint, touched, dtype),
-        side_files=side_files,
-        index_metadata=checkpoint.index_metadata,
-        left_behind=left,
-        facts={"adapter": _describe(folded), **edits.facts()},
-        warnings=(*_warnings(trained, checkpoint, options), *edits.warnings),
-        card=transformers_card(
-            checkpoint,
-            f"`{checkpoint.name}` with the {folded.kind} adapter `{trained.source.name}` merged into its weights.",
-            relation="finetune",
-            tags=("merged", folded.kind),
-        ),
-    )
-    return produce(production, run, ahead)
-
-
-def _with_init(trained: Adapter, init: Path) -> tuple[Adapter, Adapter]:
-    initial = read_adapter(init)
-    for adapter in (trained, initial):
-        if adapter.kind != "lora":
-            raise AdapterMismatch(
-                f"--init is for LoRA adapters trained beside a residual; {adapter.source.name} is {adapter.kind}.",
-                next_step="Leave out --init.",
-            )
-    return with_initial(trained, initial), initial
-
-
-def _structure(checkpoint: Checkpoint, adapter: Adapter) -> ModelStructure | None:
-    """What the model's class says of the checkpoint; without importing it, where that is not needed."""
-    wanted = [name for change in adapter.modules for name in change.parameters(())[:1]]
-    wanted += [*adapter.replacements, *(f"{module}.weight" for module in adapter.bases)]
-    dense = dense_structure(checkpoint.config or {}, checkpoint.tensors, wanted)
-    return dense or read_structure(checkpoint.root, checkpoint.config, checkpoint.tensors, wanted)
-
-
-def matrices(fitted: Sequence[Fitted], checkpoint: Checkpoint) -> dict[str, tuple[TensorRef, Layout]]:
-    """The stored matrix of each adapted module that lies on disk as it is, and how."""
-    return {
-        each.change.module_name: (checkpoint.tensors[each.target.tensor_name], each.layout)
-        for each in fitted
-        if each.target.is_plain
-        and len(each.target.shape) == 2
-        and each.target.shape == checkpoint.spec(each.target.tensor_name).shape
-    }
-
-
-def _describe(adapter: Adapter) -> dict[str, Any]:
-    described = [change.describe() for change in adapter.modules]
-    return {
-        "kind": adapter.kind,
-        "modules": len(adapter.modules),
-        "replaced_parameters": len(adapter.replacements),
-        "ranks": sorted({int(str(facts["rank"])) for facts in described if "rank" in facts}),
-        "scalings": sorted({float(str(facts["scaling"])) for facts in described if "scaling" in facts}),
-        "alpha": adapter.source.config.get("lora_alpha"),
-        "base_model_name_or_path": Path(adapter.source.base_name).name if adapter.source.base_name else None,
-    }
-
-
-def _inputs(checkpoint: Checkpoint, trained: Adapter, initial: Adapter | None) -> tuple[Input, ...]:
-    inputs = [
-        Input("model", checkpoint.root, checkpoint.shards),
-        Input("adapter", trained.source.folder, (trained.source.file,), digest_always=True),
+    given, residual = _parts(checkpoint, trained, options)
+    applied = [part.applied() for part in given]
+    keeps_order = order_matters(applied, rounds_each=options.rounding == "peft")
+    order = list(range(len(applied))) if keeps_order else in_fixed_order(applied)
+    parts, applied = [given[place] for place in order], [applied[place] for place in order]
+    names = NameMap(checkpoint, structure_for(checkpoint, [one.adapter for one in applied]))
+    fitted = fit_all(applied, names)
+    made_again = [] if options.as_is else check_belonging(parts, fitted, checkpoint, residual)
+    check_together(applied, fitted, names)
+    edits = collect_edits(applied, fitted, names)
+    warnings = [
+        *(_base_warnings(given, checkpoint) if residual is None else ()),
+        *_made_again_warnings(parts, made_again, checkpoint),
+        *edits.warnings,
     ]
-    if initial is not None:
-        inputs.append(Input("init", initial.source.folder, (initial.source.file,), digest_always=True))
-    return tuple(inputs)
+    if residual is not None:
+        warnings.append(fold_into_residual(edits, residual, checkpoint))
+    touched = reproduced(produced(edits, names, run.output_dtype, options.rounding), made_again)
+    tokenizers = [tokenizer_files(part.trained.source.folder) for part in given]
+    side_files, left = model_side_files(checkpoint, run, tokenizers, edits.config)
+    facts = {"adapters": [part.describe() for part in given]}
+    return produce(
+        Production(
+            command="merge",
+            options=_options(checkpoint, given, residual, options, run),
+            output=output,
+            inputs=_inputs(checkpoint, given, residual),
+            files=checkpoint_files(checkpoint, touched, run.output_dtype),
+            side_files=side_files,
+            index_metadata=checkpoint.index_metadata,
+            left_behind=left,
+            facts=facts | ({"order_matters": keeps_order} if len(given) > 1 else {}) | edits.facts(),
+            warnings=tuple(warnings),
+            card=_card(checkpoint, given),
+        ),
+        run,
+        ahead,
+    )
 
 
-def _warnings(adapter: Adapter, checkpoint: Checkpoint, options: MergeOptions) -> tuple[str, ...]:
-    named = adapter.source.base_name
-    if named and options.init is None and checkpoint.name not in (named, Path(named).name):
-        shown = Path(named).name if Path(named).is_absolute() else named  # the receipt holds no absolute path
-        return (
-            f'{adapter.source.name} names "{shown}" as its base; it is merged into {checkpoint.name}, where every module '
-            "fits.",
+def _parts(
+    checkpoint: Checkpoint, trained: Sequence[Adapter], options: MergeOptions
+) -> tuple[list[Part], Residual | None]:
+    """Each adapter with its initial factors and its scale; and the residual, where it must stand for them."""
+    applied = scaled(trained, options.scales)
+    paths, residual = _paths(options.init), None
+    if options.residual is not None:
+        found = read_residual(Path(options.residual), checkpoint)
+        if paths:
+            raise UnsupportedInput("--init and --residual tell the same.", next_step="Give --init alone.")
+        if isinstance(found, Residual):
+            residual = found
+            _check_residual_alone(trained, options)
+        else:
+            paths = (found,)
+    initials = assign(trained, paths, as_is=options.as_is)
+    return [Part(one.adapter, initial, one.scale) for one, initial in zip(applied, initials, strict=True)], residual
+
+
+def _check_residual_alone(trained: Sequence[Adapter], options: MergeOptions) -> None:
+    if len(trained) > 1 or any(scale != 1 for scale in options.scales) or trained[0].kind != "lora":
+        raise UnsupportedInput(
+            "--residual without its initial adapter is for one LoRA adapter, taken once.",
+            why="The result is the residual with the adapter: what the residual lacks is in it once.",
+            next_step="Give the initial adapter of the training with --init.",
         )
-    return ()
+
+
+def _options(
+    checkpoint: Checkpoint, parts: Sequence[Part], residual: Residual | None, options: MergeOptions, run: RunOptions
+) -> dict[str, object]:
+    initials = dict.fromkeys(part.initial.source.name for part in parts if part.initial is not None)
+    return {
+        "model": checkpoint.name,
+        "adapters": [part.name for part in parts],
+        "scales": list(options.scales),
+        "init": list(initials),
+        "residual": None if residual is None else residual.name,
+        "rounding": options.rounding,
+        "as_is": options.as_is,
+        "dtype": run.dtype,
+    }
+
+
+def _inputs(checkpoint: Checkpoint, parts: Sequence[Part], residual: Residual | None) -> tuple[Input, ...]:
+    inputs = {checkpoint.root: Input("model", checkpoint.root, checkpoint.shards)}
+    if residual is not None:
+        inputs[residual.checkpoint.root] = Input("residual", residual.checkpoint.root, residual.checkpoint.shards)
+    sources = [("adapter", part.trained) for part in parts]
+    sources += [("init", part.initial) for part in parts if part.initial is not None]
+    for role, adapter in sources:
+        source = adapter.source
+        inputs.setdefault(source.folder, Input(role, source.folder, (source.file,), digest_always=True))
+    return tuple(inputs.values())
+
+
+def _card(checkpoint: Checkpoint, parts: Sequence[Part]) -> Card:
+    named = [
+        f"the {part.trained.kind} adapter `{part.name}`" + (f" (× {part.scale:g})" if part.scale != 1 else "")
+        for part in parts
+    ]
+    listed = ", ".join(named[:-1]) + (" and " if len(named) > 1 else "") + named[-1]
+    kinds = dict.fromkeys(part.trained.kind for part in parts)
+    return transformers_card(
+        checkpoint,
+        f"`{checkpoint.name}` with {listed} merged into its weights.",
+        relation="finetune",
+        tags=("merged", *kinds),
+    )
+
+
+def _base_warnings(parts: Iterable[Part], checkpoint: Checkpoint) -> Iterable[str]:
+    for part in parts:
+        named = part.trained.source.base_name
+        if named and part.initial is None and checkpoint.name not in (named, Path(named).name):
+            shown = Path(named).name if Path(named).is_absolute() else named  # the receipt holds no absolute path
+            yield f'{part.name} names "{shown}" as its base; it is merged into {checkpoint.name}, where every module fits.'
+
+
+def _made_again_warnings(
+    parts: Sequence[Part], made_again: Sequence[Mapping[str, Reproduction]], checkpoint: Checkpoint
+) -> Iterable[str]:
+    for part, found in zip(parts, made_again, strict=False):
+        if found:
+            method = next(iter(found.values())).method
+            yield (
+                f"The initial {method} factors of {part.name} were made again from {checkpoint.name} in {len(found)} modules, "
+                "as PEFT does when it loads the adapter. They depend on the linear algebra library in the last bits; the "
+                "factors that the training began with, given with --init, do not."
+            )

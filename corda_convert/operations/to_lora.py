@@ -11,7 +11,7 @@ from typing import Any
 
 from corda_convert.adapters import read_adapter
 from corda_convert.adapters.factors import Adapter
-from corda_convert.adapters.initial import with_initial
+from corda_convert.adapters.initial import read_initial, with_initial
 from corda_convert.adapters.lora import LoraFactors, LoraScaling, read_scaling
 from corda_convert.adapters.source import CONFIG_FILE, PEFT_PREFIX, WEIGHTS_FILE
 from corda_convert.checkpoint.tensors import TensorRef, TensorSpec
@@ -49,7 +49,8 @@ def to_lora(
     Plain scaling keeps r and alpha in proportion (both doubled, alpha times √2 under rsLoRA). rsLoRA together with
     patterns has its scaling baked into B. Raises a `CordaConvertError`; then nothing was written.
     """
-    trained, initial = read_adapter(Path(adapter)), read_adapter(Path(init))
+    trained = read_adapter(Path(adapter))
+    initial = read_initial(Path(init), trained)
     for source in (trained, initial):
         if source.kind != "lora":
             raise UnsupportedInput(

@@ -55,12 +55,14 @@ class FoldTransform:
         changes: what is folded.
         dtype: the output's.
         rounding: see `Rounding`.
+        precision: dtype of the computation, F64 at least where weight or output have it.
     """
 
     weight: TensorRef
     changes: tuple[PlacedChange, ...]
     dtype: str
     rounding: Rounding = "nearest"
+    precision: Literal["F32", "F64"] = "F32"
 
     action = "folded"
 
@@ -105,7 +107,7 @@ class FoldTransform:
 
     @property
     def compute_dtype(self) -> str:
-        return "F64" if "F64" in (self.weight.spec.dtype, self.dtype) else "F32"
+        return "F64" if "F64" in (self.weight.spec.dtype, self.dtype, self.precision) else "F32"
 
     @property
     def is_sum(self) -> bool:
@@ -285,23 +287,32 @@ class _FoldSession:
         weight, delta, rounding = (
             sqrt(fsum(parts)) for parts in zip(*(self.squares or [(0.0, 0.0, 0.0)]), strict=True)
         )
-        return {
-            "changes": _described(self.transform.changes),
-            "weight_norm": weight,
-            "delta_norm": delta,
-            "rounding_norm": rounding,
-        }
+        return {"changes": described(self.transform.changes), **norm_facts(weight, delta, rounding)}
 
 
-def _described(changes: Sequence[PlacedChange]) -> list[Facts]:
+def norm_facts(weight: float, delta: float, rounding: float) -> Facts:
+    """For the receipt: Frobenius norms of a weight, its change and the rounding, and how they compare.
+
+    `rounding_loss` near 1 tells that the output's dtype holds almost nothing of the change.
+    """
+    return {
+        "weight_norm": weight,
+        "delta_norm": delta,
+        "rounding_norm": rounding,
+        "relative_change": delta / weight if weight else None,
+        "rounding_loss": rounding / delta if delta else 0.0,
+    }
+
+
+def described(changes: Sequence[PlacedChange]) -> list[Facts]:
     """Each change once, however many blocks of the tensor it falls on."""
-    described: dict[tuple[int, float], Facts] = {}
+    found: dict[tuple[int, float], Facts] = {}
     for placed in changes:
         facts = {"module": placed.change.module_name, **placed.change.describe()}
         if placed.scale != 1.0:
             facts["scale"] = placed.scale
-        described.setdefault((id(placed.change), placed.scale), facts)
-    return list(described.values())
+        found.setdefault((id(placed.change), placed.scale), facts)
+    return list(found.values())
 
 
 def _square(tensor: Tensor) -> float:

@@ -49,6 +49,8 @@ def describe_tensors(receipt: Mapping[str, Any]) -> str:
         text = f"{entry['action']:<12} {entry['name']}"
         if entry.get("weight_norm"):
             text += f"  ‖Δ‖/‖W‖ {entry['delta_norm'] / entry['weight_norm']:.2e}"
+        if entry.get("rounding_loss"):
+            text += f"  rounding {entry['rounding_loss']:.1%} of Δ"
         if "certificate" in entry:
             text += f"  residual {entry['certificate']['residual']:.1e}"
         lines.append(text)
@@ -66,8 +68,11 @@ def size(nbytes: int) -> str:
 def _headline(receipt: Mapping[str, Any], *, done: bool = True) -> str:
     options = receipt["options"]
     if receipt["command"] == "merge":
-        into = f"{options['adapter']} into {options['model']}"
-        return f"{'Merged' if done else 'merge'} {into}" + (f" with {options['init']}" if options["init"] else "")
+        if options.get("subtract"):
+            return f"{'Subtracted' if done else 'subtract'} {options['subtract']} from {options['model']}"
+        into = f"{_list(options['adapters'])} into {options['model']}"
+        beside = [*options["init"], *([options["residual"]] if options["residual"] else [])]
+        return f"{'Merged' if done else 'merge'} {into}" + (f" with {_list(beside)}" if beside else "")
     if receipt["command"] == "decompose":
         how = f"{options['method']}, {options['mode']}, rank {options['rank']}"
         return f"{'Decomposed' if done else 'decompose'} {options['model']} ({how})"
@@ -75,14 +80,12 @@ def _headline(receipt: Mapping[str, Any], *, done: bool = True) -> str:
 
 
 def _details(receipt: Mapping[str, Any]) -> list[str]:
-    lines = []
-    adapter = receipt.get("adapter")
-    if adapter:
-        scalings = ", ".join(f"{value:g}" for value in adapter["scalings"])
-        text = f"  adapter  {adapter['kind']}, {adapter['modules']} modules, rank {_list(adapter['ranks'])}"
-        if scalings:
-            text += f", alpha {adapter['alpha']:g}, scaling {scalings}"
-        lines.append(text)
+    adapters = receipt.get("adapters", ())
+    lines = [f"  adapter  {_adapter(adapter, is_alone=len(adapters) == 1)}" for adapter in adapters]
+    if receipt.get("order_matters"):
+        lines.append(
+            "  order    as given: a change depends on the weight that it is made to, or every result is rounded"
+        )
     vocabulary = receipt.get("vocabulary")
     if vocabulary:
         lines.append(f"  vocab    {vocabulary['before']} → {vocabulary['after']}")
@@ -99,11 +102,29 @@ def _details(receipt: Mapping[str, Any]) -> list[str]:
         text = f"  change   ‖ΔW‖/‖W‖ {summary['delta_norm'] / summary['weight_norm']:.2e}"
         if summary.get("rounding_norm"):
             text += f", rounding {summary['rounding_norm'] / summary['weight_norm']:.1e}"
+            if summary["delta_norm"]:
+                text += f", {summary['rounding_norm'] / summary['delta_norm']:.1%} of the change"
         lines.append(text)
     left = receipt.get("not_carried_over")
     if left:
         lines.append(f"  left     {_list(left)}: not carried over")
     return lines
+
+
+def _adapter(adapter: Mapping[str, Any], *, is_alone: bool) -> str:
+    text = f"{adapter['kind']}, {adapter['modules']} modules"
+    if adapter["ranks"]:
+        text += f", rank {_list(adapter['ranks'])}"
+    if adapter["scalings"]:
+        scalings = ", ".join(f"{value:g}" for value in adapter["scalings"])
+        text += (f", alpha {adapter['alpha']:g}" if adapter["alpha"] is not None else "") + f", scaling {scalings}"
+    if not is_alone:
+        text = f"{adapter['name']} × {adapter['scale']:g}: {text}" + (
+            f", with {adapter['init']}" if adapter["init"] else ""
+        )
+    elif adapter["scale"] != 1:
+        text += f", × {adapter['scale']:g}"
+    return text
 
 
 def _list(values: list[Any], most: int = 6) -> str:
