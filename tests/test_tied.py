@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from building import lora_config, write_adapter
 from families import DECODER, tiny
 from peft import LoraConfig, PeftConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -457,3 +458,63 @@ def test_an_adapter_of_trainable_tokens_alone_stays_tied(indices: list[int], tmp
     merge(base, adapter=adapter, output=output)
     assert distance(output, expected) <= 1e-9
     assert tensors(output).keys() == tensors(base).keys()
+
+
+def fused(tmp_path: Path, family: str, parameter: str) -> tuple[Path, Path, torch.Tensor]:
+    """A model with fused experts, an adapter that replaces one fused parameter, and what takes its place."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model = model_of(family)
+    model.save_pretrained(base)
+    new = torch.randn(model.get_parameter(parameter).shape, generator=torch.Generator().manual_seed(5))
+    saved = {f"base_model.model.{parameter}": new}
+    write_adapter(adapter, saved, lora_config(modules_to_save=[parameter.rpartition(".")[0]], target_modules=[]))
+    return base, adapter, new
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "olmoe", "granitemoe"])
+def test_a_replaced_stack_of_experts_goes_to_the_tensors_that_hold_it(family: str, name: str, tmp_path: Path) -> None:
+    block = "block_sparse_moe" if family == "granitemoe" else "mlp"
+    parameter = f"model.layers.1.{block}.experts.{name}"
+    base, adapter, new = fused(tmp_path, family, parameter)
+    merge(base, adapter=adapter, output=tmp_path / "out")
+    before, after = (dict(load(folder).state_dict()) for folder in (base, tmp_path / "out"))
+    assert torch.equal(after.pop(parameter), new)
+    assert not torch.equal(before.pop(parameter), new)
+    assert all(torch.equal(after[other], before[other]) for other in before)
+
+
+def test_a_replaced_parameter_that_lies_transposed_on_disk_is_refused_by_name(tmp_path: Path) -> None:
+    name = "model.language_model.layers.1.mlp.experts.down_proj"
+    base, adapter, _ = fused(tmp_path, "qwen3_vl_moe", name)
+    stored = {
+        key: tensor.transpose(1, 2).contiguous() if ".experts." in key else tensor
+        for key, tensor in tensors(base).items()
+    }
+    save_file(stored, base / "model.safetensors", {"format": "pt"})
+    load(base)  # as the first checkpoints of this family have it
+    with pytest.raises(CordaConvertError) as refused:
+        merge(base, adapter=adapter, output=tmp_path / "out")
+    assert str(refused.value) == (f"adapter replaces {name}, which lies on disk in 1 tensors or transposed: {name}.")
+
+
+def test_two_adapters_that_make_an_embedding_differ_are_folded_into_each(tmp_path: Path) -> None:
+    base, output = tmp_path / "base", tmp_path / "out"
+    model_of("llama_tied").double().save_pretrained(base)
+    for name, module in (("one", "embed_tokens"), ("two", "lm_head")):
+        options = LoraConfig(r=4, target_modules=[module])
+        trained(base, tmp_path / name, options, save_embedding_layers=False)
+    model = PeftModel.from_pretrained(load(base), str(tmp_path / "one"), adapter_name="one")
+    model.load_adapter(str(tmp_path / "two"), adapter_name="two")
+    model.base_model.set_adapter(["one", "two"])
+    expected = logits(model.double())
+    merge(base, adapter=[tmp_path / "one", tmp_path / "two"], output=output)
+    assert distance(output, expected) <= 1e-9
+
+
+def test_float32_logits_are_those_of_the_adapter_model(tmp_path: Path) -> None:
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    model_of("llama_tied").save_pretrained(base)
+    expected = trained(base, adapter, LoraConfig(r=4, **targets("llama_tied", "both")))
+    merge(base, adapter=adapter, output=output)
+    assert float((logits(load(output).double()) - expected).abs().max()) <= 2e-6
