@@ -12,8 +12,9 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,15 +22,17 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "corda-convert")
+SAMPLE_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One run of one command, its own children included."""
+    """One run of one command, its own children included in all but the anonymous memory, which is sampled."""
 
     wall_seconds: float
     cpu_seconds: float
     peak_rss_bytes: int
+    peak_anonymous_bytes: int
 
 
 def measure(command: Sequence[str], *, log: Path) -> Measurement:
@@ -41,13 +44,50 @@ def measure(command: Sequence[str], *, log: Path) -> Measurement:
     with log.open("wb") as sink:
         begun = time.perf_counter()
         child = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(child.pid, 0)
-        wall = time.perf_counter() - begun
+        with _AnonymousMemory(child.pid) as anonymous:
+            _, status, usage = os.wait4(child.pid, 0)
+            wall = time.perf_counter() - begun
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode != 0:
         sys.exit(f"{' '.join(command)}\nended with {child.returncode}:\n{log.read_text(errors='replace')[-4000:]}")
     unit = 1 if sys.platform == "darwin" else 1024
-    return Measurement(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit)
+    return Measurement(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit, anonymous.peak_bytes)
+
+
+class _AnonymousMemory:
+    """Samples the anonymous memory of a process, which is its resident memory without the pages of mapped files."""
+
+    def __init__(self, pid: int) -> None:
+        self.peak_bytes = 0
+        self._status = Path(f"/proc/{pid}/status")
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> _AnonymousMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._ended.wait(SAMPLE_SECONDS):
+            try:
+                lines = self._status.read_text().splitlines()
+            except OSError:
+                return
+            kilobytes = [int(line.split()[1]) for line in lines if line.startswith("RssAnon:")]
+            self.peak_bytes = max([self.peak_bytes, *(1024 * number for number in kilobytes)])
+
+
+def installed_version(python: str, package: str) -> str | None:
+    """The version of a package in the environment of an interpreter, or None."""
+    question = f"from importlib.metadata import version; print(version({package!r}))"
+    asked = subprocess.run(
+        [python, "-c", question], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False
+    )
+    return asked.stdout.strip() if asked.returncode == 0 else None
 
 
 def run_helper(script: str, *arguments: str | Path) -> dict[str, Any]:
@@ -81,15 +121,15 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def machine(device: str) -> dict[str, Any]:
-    """The machine and the versions, without its name."""
+def machine(device: str, peers: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The machine and the versions, those of further packages included, without its name."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": _gpu_model() if device.startswith("cuda") else None,
         "python": ".".join(map(str, sys.version_info[:3])),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": {package: version(package) for package in PACKAGES} | dict(peers or {}),
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
     }
 
