@@ -127,5 +127,5 @@ def _check_part(
     elif method is not None and evidence.was_taken_from(part.trained, weights, model):
         return reproductions(Applied(part.trained, part.scale), changes, method)
     else:
-        evidence.check_plain(part.trained, weights, model)
+        evidence.check_plain(part.trained, weights, model, is_added=part.scale > 0)
     return {}

@@ -179,9 +179,10 @@ def was_taken_from(adapter: Adapter, weights: Matrices, model: Checkpoint) -> bo
     return bool(shares) and median(shares) > REPEATED_SHARE
 
 
-def check_plain(adapter: Adapter, weights: Matrices, model: Checkpoint) -> None:
+def check_plain(adapter: Adapter, weights: Matrices, model: Checkpoint, *, is_added: bool = True) -> None:
     """Without `--init`: refuses a residual adapter on a model that is not its residual, and the reverse.
 
+    An adapter that is taken out may well repeat what the model has of it: then the numbers do not count.
     Raises `AdapterMismatch` with what gave it away: the residual's initial adapter, the adapter's config, the place that
     its base name points to, or its numbers.
     """
@@ -191,7 +192,7 @@ def check_plain(adapter: Adapter, weights: Matrices, model: Checkpoint) -> None:
         return _check_on_residual(adapter, model, initial)
     if not loras:
         return None
-    shares = _shares(adapter, weights)
+    shares = _shares(adapter, weights) if is_added else []
     if shares and median(shares) > REPEATED_SHARE:
         raise _needs_initial(adapter, model, f"its B·A repeats {median(shares):.0%} of {model.name}'s own weight there")
     named = _local_folder(adapter.source.base_name)

@@ -17,6 +17,7 @@ from corda_convert.checkpoint.pickle_file import PickleFile
 from corda_convert.checkpoint.safetensors_file import SafetensorsFile
 from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorFile
 from corda_convert.operations.options import Outcome, RunOptions, resolve_device
+from corda_convert.operations.rounding import rounding_warnings
 from corda_convert.operations.transforms import CastTransform
 from corda_convert.operations.verbatim import VerbatimTransform
 from corda_convert.output import staging
@@ -160,7 +161,7 @@ def produce(production: Production, run: RunOptions, ahead: ReadAhead | None = N
     if run.push_to is not None:
         message = f"{production.command} with corda-convert"
         publication = hub.push_folder(production.output, run.push_to, private=run.private, commit_message=message)
-    return Outcome(production.output, plan, receipt, publication, production.warnings)
+    return Outcome(production.output, plan, receipt, publication, tuple(receipt["warnings"]))
 
 
 def _fill(
@@ -179,6 +180,7 @@ def _fill(
         side_file.write(folder)
     tensors = _tensor_facts(plan, record.facts)
     summary = summarize(tensors)
+    receipt = {**receipt, "warnings": [*receipt["warnings"], *rounding_warnings(tensors)]}
     facts = {**receipt, "inputs": _inputs(production, record.input_digests), "tensors": tensors, "summary": summary}
     card = render_card(production.card, facts, repo_id=run.push_to, folder_name=production.output.name)
     (folder / "README.md").write_text(card, encoding="utf-8")
