@@ -186,7 +186,10 @@ def test_the_head_stands_behind_the_embedding_under_its_name_on_disk_and_the_con
         }
     ]
     (warning,) = outcome.warnings
-    assert warning.endswith('both are written, with "tie_word_embeddings": false.')
+    assert warning == (
+        "lm_head.weight and model.language_model.embed_tokens.weight share one tensor in the base, and are not alike with "
+        f'the adapter: {head} is written of its own, and config.json says "tie_word_embeddings": false.'
+    )
 
 
 def test_a_class_that_ties_whatever_the_config_says_keeps_its_config(tmp_path: Path) -> None:
@@ -263,7 +266,7 @@ def test_the_summary_says_what_is_untied(done: Any, tmp_path: Path) -> None:
     trained(base, adapter, LoraConfig(r=4, **targets("llama_tied", "head")))
     ran = done("merge", base, "--adapter", adapter, "-o", tmp_path / "out")
     assert "  untied   model.embed_tokens.weight, lm_head.weight\n" in ran.out
-    assert "are one tensor in the base" in ran.err
+    assert "share one tensor in the base" in ran.err
 
 
 @pytest.mark.parametrize("size", [69, 60])
@@ -290,6 +293,19 @@ def test_a_resized_vocabulary_goes_into_weights_and_config(
     config = config_of(output)
     assert config.get("text_config", config)["vocab_size"] == size
     assert any("has no tokenizer with it" in warning for warning in outcome.warnings)
+
+
+@pytest.mark.parametrize("family", ["t5", "gpt2", "bert_masked", "whisper", "qwen2"])
+def test_a_resized_vocabulary_of_other_families_stays_tied(family: str, tmp_path: Path) -> None:
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    model_of(family).double().save_pretrained(base)
+    options = LoraConfig(r=4, target_modules=[LINEARS.get(family, "q_proj")])
+    expected = trained(base, adapter, options, resize=69, save_embedding_layers=True)
+    outcome = merge(base, adapter=adapter, output=output)
+    assert distance(output, expected) <= 1e-9
+    assert outcome.receipt["vocabulary"] == {"before": 64, "after": 69}
+    assert "untied" not in outcome.receipt
+    assert tensors(output).keys() == tensors(base).keys()
 
 
 def test_a_tied_head_with_lora_alone_brings_the_resized_embedding_along(tmp_path: Path) -> None:
@@ -518,3 +534,15 @@ def test_float32_logits_are_those_of_the_adapter_model(tmp_path: Path) -> None:
     expected = trained(base, adapter, LoraConfig(r=4, **targets("llama_tied", "both")))
     merge(base, adapter=adapter, output=output)
     assert float((logits(load(output).double()) - expected).abs().max()) <= 2e-6
+
+
+def test_a_pickled_base_that_holds_both_names_of_one_tensor_is_untied(tmp_path: Path) -> None:
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    model = model_of("llama_tied").double()
+    model.save_pretrained(base)
+    expected = trained(base, adapter, LoraConfig(r=4, **targets("llama_tied", "both")))
+    (base / "model.safetensors").unlink()
+    torch.save(model.state_dict(), base / "pytorch_model.bin")
+    merge(base, adapter=adapter, output=output)
+    assert distance(output, expected) <= 1e-9
+    assert config_of(output)["tie_word_embeddings"] is False

@@ -9,6 +9,7 @@ from corda_convert.errors import AdapterMismatch, CordaConvertError, MalformedFi
 
 SAVED_EMBEDDINGS = (
     "embed_tokens", "lm_head", "shared", "wte", "word_embeddings", "embed_in", "embed_out", "tok_embeddings", "proj_out",
+    "decoder",
 )  # fmt: skip
 """Names of input and output embeddings, which PEFT's `save_embedding_layers` saves whole, adapted or not."""
 
@@ -33,7 +34,7 @@ def split_replacements(
             continue  # what shares it takes it; the module itself has a copy, which was trained
         module = name.rpartition(".")[0]
         is_saved = is_module_to_save(source, name)
-        is_saved = is_saved or (name.endswith(".weight") and module.rpartition(".")[2] in SAVED_EMBEDDINGS)
+        is_saved = is_saved or (name.endswith((".weight", ".bias")) and module.rpartition(".")[2] in SAVED_EMBEDDINGS)
         is_bias = "bias" in name if bias == "all" else name.endswith(".bias") and bias != "none"  # both as PEFT
         if is_saved or is_bias:
             if name in replacements and not same_values(replacements[name], ref):

@@ -116,14 +116,15 @@ class Untied:
 
     def warning(self) -> str:
         """What a user must know of an output that is laid out otherwise than its base."""
-        parts = (
-            f"{', '.join(self.members[1:])} and {self.members[0]} are one tensor in the base, and differ from now on"
+        shared = f"{', '.join(self.members[1:])} and {self.members[0]} share one tensor in the base"
+        apart = (
+            f"{shared}, and are not alike with the adapter: {', '.join(self.written) or 'each'} is written of its own"
         )
         if self.by_config:
-            return f'{parts}: both are written, with "tie_word_embeddings": false.'
+            return f'{apart}, and config.json says "tie_word_embeddings": false.'
         return (
-            f"{parts}: both are written. The class ties them whatever config.json says, unless they differ, as "
-            "transformers 5 sees; older versions drop one of them."
+            f"{apart}. Their class ties them whatever config.json says; transformers 5 leaves tensors that differ as they "
+            "are, older versions drop one of them."
         )
 
 

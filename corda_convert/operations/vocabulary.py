@@ -29,7 +29,7 @@ class Resized:
 def resized_shape(target: Target, shape: tuple[int, ...], names: NameMap) -> tuple[int, ...] | None:
     """The shape of a tensor that takes a parameter's place, if it is the vocabulary's size alone in which they differ."""
     stored = names.checkpoint.spec(target.tensor_name).shape
-    is_resized = target.is_plain and len(stored) == len(shape) == 2 and stored[1] == shape[1] and stored[0] != shape[0]
+    is_resized = target.is_plain and 0 < len(stored) <= 2 and stored[1:] == shape[1:] and stored[:1] != shape[:1]
     return shape if is_resized and _is_vocabulary(target, stored[0], names) else None
 
 
