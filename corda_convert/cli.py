@@ -163,7 +163,8 @@ def decompose(model: Path, covariances: Path | None, **options: Any) -> None:
     "adapters",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Folder of a trained adapter; repeatable, and the order does not matter unless one is DoRA or bat.",
+    help="Folder of a trained adapter, or RWKV-PEFT's .pth; repeatable, and the order does not matter unless one is DoRA "
+    "or bat.",
 )
 @click.option(
     "--scale",
@@ -177,8 +178,8 @@ def decompose(model: Path, covariances: Path | None, **options: Any) -> None:
     "initials",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Initial adapter (corda_init) or PEFT's CorDA cache_file, to merge a residual adapter into the base; repeatable, "
-    "and matched to the adapters by the numbers.",
+    help="Initial adapter (corda_init), PEFT's CorDA cache_file, or RWKV-PEFT's init_pissa.pth, to merge a residual adapter "
+    "into the base; repeatable, and matched to the adapters by the numbers.",
 )
 @click.option(
     "--residual",
@@ -189,6 +190,12 @@ def decompose(model: Path, covariances: Path | None, **options: Any) -> None:
     "--subtract",
     type=click.Path(path_type=Path),
     help="Instead of an adapter: initial adapter to take out of MODEL. OUTPUT is the residual, as decompose writes it.",
+)
+@click.option("--alpha", type=float, help="lora_alpha of the training, for a LoRA .pth of RWKV-PEFT, which lacks it.")
+@click.option(
+    "--format",
+    type=click.Choice(["safetensors", "pth"]),
+    help="Write the weights as safetensors, or as one .pth. [default: .pth for a MODEL that is one, else safetensors]",
 )
 @click.option(
     "--rounding",
@@ -202,7 +209,9 @@ def decompose(model: Path, covariances: Path | None, **options: Any) -> None:
 def merge(model: Path, adapters: tuple[Path, ...], **options: Any) -> None:
     """Fold trained adapters into MODEL's weights, or take an initial adapter out of them.
 
-    Takes LoRA (rsLoRA, DoRA, rank and alpha patterns), CorDA, PiSSA and OLoRA, trained tokens, and Bone/MiSS. An adapter
+    Takes LoRA (rsLoRA, DoRA, rank and alpha patterns), CorDA, PiSSA and OLoRA, trained tokens, and Bone/MiSS of PEFT; and
+    DiSHA/Bone, LoRA and PiSSA of RWKV-PEFT, one .pth each, for a MODEL that is one .pth too. A MODEL of the CorDA authors'
+    scripts (ALinear, BLinear, weight_residual) holds its adapter and becomes dense without --adapter. An adapter
     that was trained beside a residual goes into its residual, or into the base with --init or --residual. PiSSA and OLoRA
     go into the base without: what the training began with is computed again. Anything else is refused.
 
@@ -216,8 +225,6 @@ def merge(model: Path, adapters: tuple[Path, ...], **options: Any) -> None:
         --adapter fixtures/adapters/lora_patterns --scale -1 -o merged
       corda-convert merge fixtures/model --subtract fixtures/residual/corda_init -o residual
     """
-    if not adapters and options["subtract"] is None:
-        raise click.UsageError("Missing option '--adapter' (or '--subtract').", click.get_current_context())
     output = _check_paths(
         options,
         ("model", model),
@@ -232,6 +239,8 @@ def merge(model: Path, adapters: tuple[Path, ...], **options: Any) -> None:
         scales=options["scales"],
         residual=options["residual"],
         subtract=options["subtract"],
+        alpha=options["alpha"],
+        format=options["format"],
         rounding=options["rounding"],
         as_is=options["as_is"],
     )

@@ -478,7 +478,7 @@ def test_the_command_line_subtracts_and_says_so(done: Callable[..., Any], tmp_pa
          "miss_bat is a miss adapter; --subtract takes plain LoRA factors out of a model.\n"
          "Give the initial adapter (corda_init) of a CorDA, PiSSA or OLoRA training."),
         (MODEL, ("--subtract", RESIDUAL / "corda_init", "--adapter", ADAPTERS / "corda"),
-         "--subtract makes a residual, and goes with no --adapter, --scale, --init or --residual.\n"
+         "--subtract makes a residual, and goes with no --adapter, --scale, --init, --residual, --alpha or --format.\n"
          "To merge an adapter trained beside that residual into the base, give --adapter and --init."),
     ],
 )  # fmt: skip

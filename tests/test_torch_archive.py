@@ -208,7 +208,7 @@ def test_a_model_becomes_one_file_of_torchs_own(tmp_path: Path) -> None:
 def test_what_was_written_merges_like_its_source(tmp_path: Path) -> None:
     adapter = write_lora(tmp_path / "lora", {name: shape for name, shape in LINEARS.items() if shape[0] != shape[1]})
     path = archive(llama_tensors(), tmp_path / "made")
-    options = MergeOptions(as_is=True)
+    options = MergeOptions(as_is=True, format="safetensors")
     merge(path, adapter=adapter, output=tmp_path / "ours", options=options)
     merge(path.with_name("source.pth"), adapter=adapter, output=tmp_path / "theirs", options=options)
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))

@@ -11,11 +11,17 @@ from corda_convert.adapters.cache import read_cache
 from corda_convert.adapters.dora import DoraFactors, lora_factors
 from corda_convert.adapters.factors import Adapter, ParameterChange
 from corda_convert.adapters.lora import LoraFactors
+from corda_convert.adapters.rwkv import read_rwkv_initial
 from corda_convert.errors import AdapterMismatch, CordaConvertError, raise_problems, some
 
 
 def read_initial(path: Path, adapter: Adapter) -> Adapter:
-    """The initial adapter in a folder, or behind PEFT's CorDA cache file, for this adapter. Raises one of our errors."""
+    """The initial adapter in a folder, or in a file: PEFT's CorDA cache, or for a file of RWKV-PEFT its PiSSA's.
+
+    Raises one of our errors.
+    """
+    if path.is_file() and adapter.source.is_file:
+        return read_rwkv_initial(path)
     if path.is_file():
         return read_cache(path, adapter)
     return read_adapter(path)

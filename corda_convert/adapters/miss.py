@@ -18,14 +18,16 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Mode = Literal["balance", "mini", "bat"]
+Mode = Literal["balance", "mini", "bat", "input-bat"]
 
 _BLOCK = re.compile(r"^(?P<module>.+)\.(?:miss|bone)_block$")
 
 
 @dataclass(frozen=True, slots=True)
 class BlockFactors(UsualChange):
-    """The block of one module: (r, d_out) for balance, (r, mini_r) for mini, (d_out / r, r, r) for bat."""
+    """The block of one module: (r, d_out) for balance, (r, mini_r) for mini, (d_out / r, r, r) for PEFT's bat, and
+    (d_in / r, r, r) for RWKV-PEFT's bat, which is the mode `input-bat`.
+    """
 
     module_name: str
     block: TensorRef
@@ -34,7 +36,12 @@ class BlockFactors(UsualChange):
 
     @property
     def rank(self) -> int:
-        return self.block.shape[-1] if self.mode == "bat" else self.block.shape[0]
+        return self.block.shape[-1] if self.depends_on_weight else self.block.shape[0]
+
+    @property
+    def depends_on_weight(self) -> bool:
+        """Whether the change is another one for another weight."""
+        return self.mode in ("bat", "input-bat")
 
     def parameters(self, known: Sequence[str]) -> tuple[str, ...]:
         return (f"{self.module_name}.weight",)
@@ -54,6 +61,7 @@ class BlockFactors(UsualChange):
             "balance": r <= d_in and shape == (r, d_out),
             "mini": r <= d_in and d_out % max(shape[-1], 1) == 0,
             "bat": d_in % r == 0 and d_out % r == 0 and shape == (d_out // r, r, r),
+            "input-bat": d_in % r == 0 and d_out % r == 0 and shape == (d_in // r, r, r),
         }[self.mode]
         if not fits:
             raise AdapterMismatch(
@@ -67,7 +75,7 @@ class BlockFactors(UsualChange):
 
     @property
     def _quantum(self) -> int:
-        return self.rank if self.mode == "bat" else 1
+        return self.rank if self.depends_on_weight else 1
 
     def row_quantum(self, block: Block) -> int:
         return self._quantum
@@ -91,8 +99,13 @@ class _BlockFold(Additive):
     def fold(self, rows: Tensor, first: int, streamed: Mapping[str, Tensor]) -> float:
         from corda_convert.linalg import blocks
 
-        fold = {"balance": blocks.fold_balance, "mini": blocks.fold_mini, "bat": blocks.fold_bat}[self.mode]
-        return fold(rows, self.block, self.offset + first)
+        folds = {
+            "balance": blocks.fold_balance,
+            "mini": blocks.fold_mini,
+            "bat": blocks.fold_bat,
+            "input-bat": blocks.fold_input_bat,
+        }
+        return folds[self.mode](rows, self.block, self.offset + first)
 
 
 class BlockFormat:

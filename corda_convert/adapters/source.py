@@ -25,7 +25,10 @@ _ADAPTER_NAME = re.compile(r"\.default(?=\.(?:weight|bias)$|$)")
 
 @dataclass(frozen=True, slots=True)
 class AdapterSource:
-    """An adapter's config and tensors. `tensors` is keyed without PEFT's prefix and wrapper names."""
+    """An adapter's config and tensors. `tensors` is keyed without PEFT's prefix and wrapper names.
+
+    `folder` is the one file, where an adapter is that.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -35,6 +38,10 @@ class AdapterSource:
     @property
     def name(self) -> str:
         return self.folder.resolve().name
+
+    @property
+    def is_file(self) -> bool:
+        return self.folder == self.file.path
 
     @property
     def peft_type(self) -> str:

@@ -42,3 +42,13 @@ def fold_bat(rows: Tensor, block: Tensor, first: int) -> float:
     change += blocks[:, :, None, :]
     rows += change.view(rows.shape)
     return float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
+
+
+def fold_input_bat(rows: Tensor, block: Tensor, first: int) -> float:
+    """`W_ij += W_ij @ B_j + B_j` in r×r blocks: `block` (d_in / r, r, r); `first` and the row count are multiples of r."""
+    count, r = block.shape[0], block.shape[-1]
+    blocks = block.to(rows.dtype)
+    change = torch.bmm(rows.view(-1, count, r).transpose(0, 1), blocks)
+    change.view(count, -1, r, r).add_(blocks[:, None])
+    rows += change.transpose(0, 1).reshape(rows.shape)
+    return float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2

@@ -8,11 +8,14 @@ from pathlib import Path
 
 from corda_convert.adapters import read_adapter
 from corda_convert.adapters.factors import Adapter
+from corda_convert.adapters.rwkv import RwkvTraining
 from corda_convert.checkpoint.folder import Checkpoint, read_checkpoint
 from corda_convert.checkpoint.names import NameMap
 from corda_convert.errors import UnsupportedInput
+from corda_convert.operations.authors import is_decomposed, merge_decomposed
 from corda_convert.operations.belonging import Part, check_belonging, fit_all, structure_for
 from corda_convert.operations.edits import collect_edits, produced
+from corda_convert.operations.formats import WeightFormat, in_format
 from corda_convert.operations.initials import assign
 from corda_convert.operations.model_side import model_side_files, transformers_card
 from corda_convert.operations.options import Outcome, RunOptions
@@ -40,6 +43,8 @@ class MergeOptions:
         scales: how many times each adapter is taken, negative ones included; once, where none are given.
         residual: the model that the one adapter was trained beside, to merge into the base where `init` is lost.
         subtract: an initial adapter to take out of the model, instead of adding adapters: the result is its residual.
+        alpha: lora_alpha of the adapters that are LoRA files of RWKV-PEFT, which do not hold it.
+        format: `safetensors`, or `pth` for one file of torch's own; by default that of a model that is one `.pth`.
         rounding: `nearest`, or `peft` for PEFT's bits.
         as_is: trust the user that every delta, with `init` or without, belongs on this very model.
     """
@@ -48,6 +53,8 @@ class MergeOptions:
     scales: Sequence[float] = ()
     residual: Path | str | None = None
     subtract: Path | str | None = None
+    alpha: float | None = None
+    format: WeightFormat | None = None
     rounding: Rounding = "nearest"
     as_is: bool = False
 
@@ -69,17 +76,41 @@ def merge(
     adapters = _paths(adapter)
     checkpoint = read_checkpoint(Path(model))
     if options.subtract is not None:
-        if adapters or options.init or options.residual or options.scales:
+        others = (options.init, options.residual, options.scales, options.format)
+        if adapters or any(others) or options.alpha is not None:
             raise UnsupportedInput(
-                "--subtract makes a residual, and goes with no --adapter, --scale, --init or --residual.",
+                "--subtract makes a residual, and goes with no --adapter, --scale, --init, --residual, --alpha or --format.",
                 next_step="To merge an adapter trained beside that residual into the base, give --adapter and --init.",
             )
         return subtract(checkpoint, Path(options.subtract), Path(output), run, as_is=options.as_is)
     if not adapters:
-        raise UnsupportedInput("There is nothing to merge.", next_step="Give one --adapter or several, or --subtract.")
-    trained = [read_adapter(path) for path in adapters]
+        _check_alone(checkpoint, options)
+        return merge_decomposed(checkpoint, Path(output), run, options.format)
+    training = RwkvTraining(options.alpha, has_initial=bool(options.init or options.residual))
+    trained = [read_adapter(path, training) for path in adapters]
+    if options.alpha is not None and not any(
+        "lora_alpha" in one.source.config for one in trained if one.source.is_file
+    ):
+        raise UnsupportedInput(
+            "--alpha is for LoRA files of RWKV-PEFT alone; there is none.", next_step="Leave it out."
+        )
     with read_ahead((*(each.source.file for each in trained), *checkpoint.shards), run) as ahead:
         return _merge(checkpoint, trained, Path(output), options, run, ahead)
+
+
+def _check_alone(checkpoint: Checkpoint, options: MergeOptions) -> None:
+    """Refuses a merge without adapters, unless the checkpoint holds its own."""
+    if not is_decomposed(checkpoint):
+        raise UnsupportedInput(
+            "There is nothing to merge.",
+            why=f"No adapter is given, and {checkpoint.name} is no checkpoint of the CorDA authors, which holds its own.",
+            next_step="Give one --adapter or several, or --subtract.",
+        )
+    if options.init or options.residual or options.scales or options.alpha is not None:
+        raise UnsupportedInput(
+            f"--init, --residual, --scale and --alpha go with an adapter; {checkpoint.name} holds its own.",
+            next_step="Leave them out.",
+        )
 
 
 def _paths(paths: Paths | None) -> tuple[Path, ...]:
@@ -117,19 +148,21 @@ def _merge(
     tokenizers = [tokenizer_files(part.trained.source.folder) for part in given]
     side_files, left = model_side_files(checkpoint, run, tokenizers, edits.config)
     facts = {"adapters": [part.describe() for part in given]}
+    files = checkpoint_files(checkpoint, touched, run.output_dtype)
+    formatted = in_format(files, checkpoint, _card(checkpoint, given), options.format)
     return produce(
         Production(
             command="merge",
             options=_options(checkpoint, given, residual, options, run),
             output=output,
             inputs=_inputs(checkpoint, given, residual),
-            files=checkpoint_files(checkpoint, touched, run.output_dtype),
+            files=formatted.files,
             side_files=side_files,
-            index_metadata=checkpoint.index_metadata,
+            index_metadata=formatted.index_metadata,
             left_behind=left,
             facts=facts | ({"order_matters": keeps_order} if len(given) > 1 else {}) | edits.facts(),
             warnings=tuple(warnings),
-            card=_card(checkpoint, given),
+            card=formatted.card,
         ),
         run,
         ahead,
@@ -174,6 +207,8 @@ def _options(
         "scales": list(options.scales),
         "init": list(initials),
         "residual": None if residual is None else residual.name,
+        "alpha": options.alpha,
+        "format": options.format,
         "rounding": options.rounding,
         "as_is": options.as_is,
         "dtype": run.dtype,

@@ -60,7 +60,7 @@ def _scale_problem(one: Applied) -> CordaConvertError | None:
 
 def is_additive(change: ParameterChange) -> bool:
     """Whether what it adds is the same whatever was folded before, so that order does not matter."""
-    return change.is_linear and not (isinstance(change, BlockFactors) and change.mode == "bat")
+    return change.is_linear and not (isinstance(change, BlockFactors) and change.depends_on_weight)
 
 
 def order_matters(applied: Sequence[Applied], *, rounds_each: bool) -> bool:

@@ -96,7 +96,9 @@ def _walk(folder: Path) -> list[Path]:
 
 
 def tokenizer_files(folder: Path) -> tuple[SideFile, ...]:
-    """The tokenizer and chat template of an adapter's folder."""
+    """The tokenizer and chat template of an adapter's folder; of a file, none."""
+    if not folder.is_dir():
+        return ()
     return tuple(
         SideFile(path.name, source=path)
         for path in sorted(folder.iterdir())
