@@ -28,13 +28,16 @@ from building import (
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from corda_convert import MergeOptions, merge
+from corda_convert import DecomposeOptions, MergeOptions, decompose, merge
 from corda_convert.adapters import lora_options
 from corda_convert.adapters.dora import DoraFactors
 from corda_convert.adapters.factors import Block, Layout
 from corda_convert.adapters.lora import LoraFactors
+from corda_convert.checkpoint.layout import DiskLayout, Piece
+from corda_convert.checkpoint.names import Place, Target
 from corda_convert.checkpoint.safetensors_file import SafetensorsFile
 from corda_convert.checkpoint.tensors import TensorRef, read_tensor
+from corda_convert.errors import UnsupportedInput
 from corda_convert.plan.packing import row_blocks
 
 Refusal = Callable[..., str]
@@ -482,15 +485,111 @@ def test_dora_on_an_output_without_a_weight_is_refused(refusal: Refusal, tmp_pat
 
 
 def test_a_convolution_of_another_kernel_is_refused(refusal: Refusal, tmp_path: Path) -> None:
-    base = base_of("whisper", tmp_path / "base")
+    """Of as many elements: only the shape of the kernel tells."""
+    base = base_of("resnet", tmp_path / "base")
     factors = {
-        "base_model.model.model.encoder.conv1.lora_A.weight": random(4, 8, 5),
-        "base_model.model.model.encoder.conv1.lora_B.weight": random(16, 4, 1),
+        "base_model.model.embedder.embedder.convolution.lora_A.weight": random(4, 3, 49, 1),
+        "base_model.model.embedder.embedder.convolution.lora_B.weight": random(8, 4, 1, 1),
     }
     adapter = write_adapter(tmp_path / "adapter", factors, lora_config())
     assert refusal("merge", base, "--adapter", adapter) == (
-        "Adapter does not fit model.encoder.conv1: the weight is (16, 8, 3), lora_B gives 16 rows and lora_A 8 × 5 columns."
+        "Adapter does not fit embedder.embedder.convolution: the weight is (8, 3, 7, 7), lora_B gives 8 rows and lora_A "
+        "3 × 49 × 1 columns."
     )
+
+
+def test_norms_that_would_go_across_tensors_are_refused(tmp_path: Path) -> None:
+    """A Conv1D that lies on disk in two halves, each with some of the inputs."""
+    save_file(
+        {"A": random(3, 10), "B": random(12, 3), "m": random(12)},
+        tmp_path / "factors.safetensors",
+    )
+    file = SafetensorsFile(tmp_path / "factors.safetensors")
+    refs = {name: TensorRef(file, spec) for name, spec in file.specs.items()}
+    dora = DoraFactors(LoraFactors("M", refs["A"], refs["B"], 0.5), refs["m"])
+    halves = [Piece(0, 5, "M.weight", None, first, 5) for first in (0, 5)]
+    places = tuple(Place(f"half{n}", DiskLayout((5, 12), (piece,)), piece) for n, piece in enumerate(halves))
+    whole = Piece(0, 10, "M.weight", None, 0, 10)
+    assert (
+        dora.fit(Target("M.weight", (10, 12), "conv1d", (Place("M", DiskLayout((10, 12), (whole,)), whole),)))
+        == "in_out"
+    )
+    with pytest.raises(UnsupportedInput, match="which DoRA's norms would go across"):
+        dora.fit(Target("M.weight", (10, 12), "conv1d", places))
+
+
+class Unknown(torch.nn.Module):
+    """A model that transformers does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(16, 2)
+        self.patches = torch.nn.Conv2d(3, 8, (2, 3))
+        self.linear = torch.nn.Linear(16, 24)
+        self.words = torch.nn.Embedding(40, 16)
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["plain", "dora"])
+def test_layers_of_an_unknown_architecture_are_told_by_the_adapters_keys(use_dora: bool, tmp_path: Path) -> None:
+    targets = ["patches", "linear", "words"] + ([] if use_dora else ["attention"])
+    model = get_peft_model(Unknown(), lora(*targets, use_dora=use_dora))
+    for seed, (name, parameter) in enumerate(model.named_parameters()):
+        parameter.data = random(*parameter.shape, seed=seed) + (4 if "magnitude" in name else 0)
+    model.save_pretrained(tmp_path / "adapter")
+    before = Unknown().state_dict()
+    inner = {key.replace(".base_layer", ""): each.clone() for key, each in model.base_model.model.state_dict().items()}
+    base = write_checkpoint(
+        tmp_path / "base",
+        {name: inner[name] for name in before},
+        config={"tie_word_embeddings": False},
+    )
+    expected = model.merge_and_unload().state_dict()
+    merge(base, adapter=tmp_path / "adapter", output=tmp_path / "out", options=MergeOptions(as_is=True))
+    actual = load_file(tmp_path / "out" / "model.safetensors")
+    assert actual.keys() == before.keys()
+    changed = {name for name in actual if not torch.equal(actual[name], inner[name])}
+    assert {name.split(".")[0] for name in changed} == set(targets)
+    torch.testing.assert_close(actual, {name: expected[name] for name in actual}, rtol=2e-6, atol=2e-6)
+
+
+def test_tokens_beyond_the_base_go_with_the_resized_embedding(tmp_path: Path) -> None:
+    """PEFT then saves the whole embeddings beside the rows."""
+    base = base_of("llama", tmp_path / "base")
+
+    def resized() -> Any:
+        model = load(base, torch.float32)
+        model.resize_token_embeddings(36, mean_resizing=False)
+        return model
+
+    model = get_peft_model(resized(), lora("q_proj", trainable_token_indices=[1, 33]))
+    for seed, (name, parameter) in enumerate(model.named_parameters()):
+        if "lora_" in name or "trainable_tokens" in name:
+            parameter.data = random(*parameter.shape, seed=seed)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    expected = PeftModel.from_pretrained(resized(), str(tmp_path / "adapter")).merge_and_unload().state_dict()
+    assert differing(merged(base, tmp_path / "adapter", tmp_path / "out"), dict(expected)) == set()
+
+
+def test_dora_beside_a_residual_merges_into_it_with_the_bits_of_peft(tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base")
+    decompose(
+        base, covariances=None, output=tmp_path / "residual", options=DecomposeOptions("ipm", rank=4, method="svd")
+    )
+    initial = tmp_path / "residual" / "corda_init"
+    tensors = {}
+    for seed, (name, tensor) in enumerate(load_file(initial / "adapter_model.safetensors").items()):
+        tensors[name] = tensor + random(*tensor.shape, seed=seed) / 20
+        if "lora_B" in name:
+            tensors[name.replace("lora_B.weight", "lora_magnitude_vector")] = (
+                random(tensor.shape[0], seed=seed).abs() + 1
+            )
+    config = read_json(initial / "adapter_config.json") | {"use_dora": True}
+    adapter = write_adapter(tmp_path / "adapter", tensors, config)
+    merge(tmp_path / "residual", adapter=adapter, output=tmp_path / "out")
+    expected = peft_merged(tmp_path / "residual", adapter, torch.float32)
+    actual = load_file(tmp_path / "out" / "model.safetensors")
+    assert actual.keys() == expected.keys()
+    assert differing(actual, expected) == set()
 
 
 def test_dora_trained_beside_a_residual_is_refused_on_the_base(refusal: Refusal, llama: Path, tmp_path: Path) -> None:

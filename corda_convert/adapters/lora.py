@@ -36,6 +36,7 @@ class LoraFactors(UsualChange):
     Attributes:
         kernel: a convolution's; nothing for a matrix.
         parameter: what the module calls its weight.
+        kinds: types of module that the factors can be for.
         rounds_delta: see `ParameterChange`.
     """
 
@@ -48,6 +49,7 @@ class LoraFactors(UsualChange):
     initial_lora_B: TensorRef | None = None
     kernel: tuple[int, ...] = ()
     parameter: str = "weight"
+    kinds: tuple[LayerKind, ...] = ("linear", "conv1d")
     rounds_delta: bool = False
 
     @property
@@ -77,27 +79,19 @@ class LoraFactors(UsualChange):
 
     def _layouts(self, target: Target) -> tuple[Layout, ...]:
         """How the matrix may lie. Raises one of our errors if the factors are for another type of module."""
-        meant = self._kinds()
         if target.kind in ("other", "parameter"):
             raise UnsupportedInput(
                 f"{self.module_name} is no Linear, Conv1D, Embedding, convolution or MultiheadAttention."
             )
-        if target.kind is not None and target.kind not in meant:
+        if target.kind is not None and target.kind not in self.kinds:
             raise AdapterMismatch(
                 f"{self.module_name} is of type {target.kind}, the adapter's factors are not for that."
             )
         if self.is_embedding or target.kind == "conv1d":
             return ("in_out",)
-        if target.kind is None and meant == ("linear", "conv1d"):
+        if target.kind is None and "conv1d" in self.kinds:
             return ("out_in", "in_out")
         return ("out_in",)
-
-    def _kinds(self) -> tuple[LayerKind, ...]:
-        if self.is_embedding:
-            return ("embedding",)
-        if self.kernel:
-            return ("conv",)
-        return ("linear", "conv1d") if self.parameter == "weight" else ("attention",)
 
     def _has_shape(self, target: Target, layout: Layout) -> bool:
         if len(target.shape) != 2 + len(self.kernel) or target.shape[2:] != self.kernel:

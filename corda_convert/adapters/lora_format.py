@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from corda_convert.adapters.bias import LoraBias
 from corda_convert.adapters.dora import DoraFactors
+from corda_convert.adapters.experts import parameter_factors, parameter_modules, parameter_paths
 from corda_convert.adapters.factors import Adapter, ParameterChange
 from corda_convert.adapters.lora import LoraFactors, LoraScaling, initialization, read_scaling
 from corda_convert.adapters.lora_options import TRAINING_ONLY, unsupported
@@ -48,17 +49,26 @@ class LoraFormat:
         scaling = read_scaling(source.config)
         found, rest = _gather(source, problems)
         changes: list[ParameterChange] = []
+        wrappers = parameter_modules(source, found)
         for name, module in found.items():
             try:
+                if name in wrappers:
+                    _check_parts(source, name, module)
+                    continue
                 changes += _changes(source, name, module, scaling, found)
             except CordaConvertError as problem:
                 problems.append(problem)
+        complete = {name: module.parts for name, module in found.items() if {"A", "B"} <= set(module.parts)}
+        if all(name in complete for name in wrappers):
+            of_parameters, wrong = parameter_factors(source, wrappers, complete, scaling)
+            changes += of_parameters
+            problems += wrong
         tokens, wrong = token_rows(source)
         problems += wrong
         if source.config.get("trainable_token_indices") and not tokens and not wrong:
             problems.append(_no_rows(source))
         problems += [_both(source, each.module_name) for each in tokens if each.module_name in found]
-        problems += _pattern_problems(scaling, {_pattern_name(name, found) for name in found})
+        problems += _pattern_problems(scaling, _pattern_names(found, wrappers))
         bases = _bases(found, [each.module_name for each in tokens], rest)
         replacements, leftovers = split_replacements(source, rest)
         problems += leftovers
@@ -106,10 +116,10 @@ def _changes(
             raise UnsupportedInput(
                 f"{source.name}: {name} is a MultiheadAttention with lora_bias, which PEFT trains without using it."
             )
-        return [replace(factors, parameter="in_proj_weight", rounds_delta=True)]
+        return [replace(factors, parameter="in_proj_weight", kinds=("attention",), rounds_delta=True)]
     if pattern_name != name:
         # PEFT adds it twice, in the forward pass as in the merge: that is the function which was trained
-        projection = replace(factors, module_name=f"{pattern_name}.out_proj")
+        projection = replace(factors, module_name=f"{pattern_name}.out_proj", kinds=("linear",))
         return [replace(projection, rounds_delta=True), projection]
     if "magnitude" in module.parts:
         magnitude = module.parts["magnitude"]
@@ -123,6 +133,11 @@ def _pattern_name(name: str, found: Mapping[str, _Module]) -> str:
     """The module whose name the patterns are for: the output projection of a MultiheadAttention goes with that."""
     outer = name.removesuffix(_OUT_PROJ)
     return outer if outer in found else name
+
+
+def _pattern_names(found: Mapping[str, _Module], wrappers: Mapping[str, tuple[str, ...]]) -> set[str]:
+    """What the patterns may be for: the adapted modules, and parameters that the config targets."""
+    return {_pattern_name(name, found) for name in found if name not in wrappers} | parameter_paths(wrappers)
 
 
 def _check_parts(source: AdapterSource, name: str, module: _Module) -> None:
@@ -169,7 +184,10 @@ def _factors(source: AdapterSource, name: str, module: _Module, rank: int, scali
         )
     matrix_A, matrix_B = A.reshaped((rank, A.spec.elements // rank)), B.reshaped((B.shape[0], rank))
     rounds_delta = module.is_embedding or str(source.config.get("init_lora_weights")).lower() == "mica"
-    return LoraFactors(name, matrix_A, matrix_B, scaling, module.is_embedding, kernel=kernel, rounds_delta=rounds_delta)
+    factors = LoraFactors(name, matrix_A, matrix_B, scaling, kernel=kernel, rounds_delta=rounds_delta)
+    if module.is_embedding:
+        return replace(factors, is_embedding=True, kinds=("embedding",))
+    return replace(factors, kinds=("conv",)) if kernel else factors
 
 
 def _is_grouped(first: TensorRef, second: TensorRef, rank: int) -> bool:
