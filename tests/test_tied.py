@@ -269,7 +269,6 @@ def test_the_summary_says_what_is_untied(done: Any, tmp_path: Path) -> None:
     assert "share one tensor in the base" in ran.err
 
 
-@pytest.mark.parametrize("size", [69, 60])
 @pytest.mark.parametrize(
     ("options", "saving"),
     [
@@ -279,9 +278,9 @@ def test_the_summary_says_what_is_untied(done: Any, tmp_path: Path) -> None:
     ],
     ids=["saved along", "modules to save", "LoRA on both"],
 )
-@pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma3"])
+@pytest.mark.parametrize(("family", "size"), [("llama", 69), ("llama_tied", 60), ("gemma3", 69)])
 def test_a_resized_vocabulary_goes_into_weights_and_config(
-    family: str, options: dict[str, Any], saving: dict[str, Any], size: int, tmp_path: Path
+    family: str, size: int, options: dict[str, Any], saving: dict[str, Any], tmp_path: Path
 ) -> None:
     base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
     model_of(family).double().save_pretrained(base)
@@ -546,3 +545,28 @@ def test_a_pickled_base_that_holds_both_names_of_one_tensor_is_untied(tmp_path: 
     merge(base, adapter=adapter, output=output)
     assert distance(output, expected) <= 1e-9
     assert config_of(output)["tie_word_embeddings"] is False
+
+
+def test_an_embedding_that_is_saved_under_its_own_name_lies_below_its_lora(tmp_path: Path) -> None:
+    """So PEFT named it while its layers were Linear and Embedding themselves."""
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    model_of("llama").double().save_pretrained(base)
+    expected = trained(base, adapter, LoraConfig(r=4, **targets("llama_tied", "both")), resize=69)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    renamed = {name.replace(".base_layer.", "."): tensor for name, tensor in saved.items()}
+    assert renamed.keys() != saved.keys()
+    save_file(renamed, adapter / "adapter_model.safetensors", {"format": "pt"})
+    merge(base, adapter=adapter, output=output)
+    assert distance(output, expected) <= 1e-9
+
+
+def test_a_module_to_save_that_has_lora_too_is_refused(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model_of("llama").save_pretrained(base)
+    trained(base, adapter, LoraConfig(r=4, target_modules=["lm_head"]), save_embedding_layers=False)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    saved["base_model.model.lm_head.weight"] = tensors(base)["lm_head.weight"]
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"modules_to_save": ["lm_head"]}
+    write_adapter(adapter, saved, config)
+    with pytest.raises(CordaConvertError, match=r"replaces lm_head\.weight, and changes it in another way too"):
+        merge(base, adapter=adapter, output=tmp_path / "out")

@@ -79,13 +79,14 @@ def fit_changes(adapter: Adapter, names: NameMap) -> list[Fitted]:
         try:
             _check_target(change, target, names)
             target = resized.get(target.name, target)
-            fitted.append(Fitted(change, target, change.fit(target)))
+            own = change.for_target(target)
+            fitted.append(Fitted(own, target, own.fit(target)))
         except CordaConvertError as problem:
             problems.append(problem)
             continue
-        other = taken.setdefault((target.name, type(change).__name__), change.module_name)
-        if other != change.module_name:
-            problems.append(AdapterMismatch(f"{other} and {change.module_name} are the same weight, {target.name}."))
+        other = taken.setdefault((target.name, type(own).__name__), own.module_name)
+        if other != own.module_name:
+            problems.append(AdapterMismatch(f"{other} and {own.module_name} are the same weight, {target.name}."))
     raise_problems(_with_base_hint(problems, adapter))
     return fitted
 
@@ -212,12 +213,13 @@ class _Collector:
         changed = {each.target.name for each in changes}
         for name, ref in one.adapter.replacements.items():
             target = self.names.target(name)
+            is_own = is_module_to_save(one.adapter.source, name)
             if target is None:
                 self._refuse(f"{one.adapter.source.name} replaces {name}, which {self.names.checkpoint.name} lacks.")
-            elif target.name in changed:
+            elif target.name in changed and is_own:
                 self._refuse(f"{one.adapter.source.name} replaces {name}, and changes it in another way too.")
             else:
-                self._place(one, ref, target, is_own=is_module_to_save(one.adapter.source, name))
+                self._place(one, ref, target, is_own=is_own)
 
     def _refuse(self, what: str) -> None:
         self.problems.append(AdapterMismatch(what))
