@@ -17,6 +17,7 @@ from corda_convert.checkpoint.layout import matrix_shape
 from corda_convert.checkpoint.names import Target
 from corda_convert.checkpoint.structure import LayerKind
 from corda_convert.checkpoint.tensors import TensorRef
+from corda_convert.checkpoint.transposed_file import LARGE_BYTES, transposed
 from corda_convert.errors import AdapterMismatch, UnsupportedInput
 
 if TYPE_CHECKING:
@@ -100,8 +101,16 @@ class LoraFactors(UsualChange):
         return (self.lora_B.shape[0], self.lora_A.shape[1]) == oriented(matrix, layout)
 
     def operands(self, block: Block) -> Mapping[str, TensorRef]:
-        refs = self.tensors()
-        return {name: ref.rows(*block.outputs) if name.endswith("_B") else ref for name, ref in refs.items()}
+        read_columns = self._reads_columns(block)
+        return {
+            name: ref.rows(*block.outputs) if name.endswith("_B") else (transposed(ref) if read_columns else ref)
+            for name, ref in self.tensors().items()
+        }
+
+    def _reads_columns(self, block: Block) -> bool:
+        """Whether A, of a large vocabulary, is read by its columns, with the stored rows."""
+        whole = (0, self.lora_A.shape[-1])
+        return block.layout == "in_out" and block.inputs == whole and self.lora_A.spec.nbytes >= LARGE_BYTES
 
     def tensors(self) -> Mapping[str, TensorRef]:
         """Every factor, whole, by its name in PEFT."""
@@ -114,16 +123,20 @@ class LoraFactors(UsualChange):
         return {name: ref for name, ref in named.items() if ref is not None}
 
     def streams(self, block: Block) -> frozenset[str]:
-        return (
-            frozenset({"lora_B", "initial_lora_B"} & set(self.tensors())) if block.layout == "out_in" else frozenset()
-        )
+        streamed = {"lora_B", "initial_lora_B"} if block.layout == "out_in" else set()
+        if self._reads_columns(block):
+            streamed = {"lora_A", "initial_lora_A"}
+        return frozenset(streamed & set(self.tensors()))
 
     def begin(self, block: Block, whole: Mapping[str, Tensor], dtype: torch.dtype, scale: float) -> LoraFold:
         own = {
-            name: tensor[:, slice(*block.inputs)] if name.endswith("_A") else tensor for name, tensor in whole.items()
+            name: tensor[:, slice(*block.inputs)] if name.endswith("_A") and not self._reads_columns(block) else tensor
+            for name, tensor in whole.items()
         }
         if block.layout == "out_in":
             return _LinearFold(self.scaling * scale, own)
+        if self._reads_columns(block):
+            return _ColumnFold(self.scaling * scale, own)
         return _TransposedFold(self.scaling * scale, own)
 
     def describe(self) -> dict[str, object]:
@@ -181,6 +194,22 @@ class _TransposedFold(LoraFold):
         if "initial_lora_A" in self.whole:
             initial = self.whole["initial_lora_A"][:, first:stop]
             right, left = lora.difference(right, left, initial, self.whole["initial_lora_B"])
+        return lora.delta(right, left, self.scaling).T
+
+
+@dataclass(frozen=True, slots=True)
+class _ColumnFold(LoraFold):
+    """Rows are inputs, and A comes by its columns with them; those of a change that goes through some of the rows, whole."""
+
+    def change(self, first: int, stop: int, streamed: Mapping[str, Tensor]) -> Tensor:
+        from corda_convert.linalg import lora
+
+        rights = {name: tensor[first:stop] for name, tensor in self.whole.items() if name.endswith("_A")} | dict(
+            streamed
+        )
+        right, left = rights["lora_A"].T, self.whole["lora_B"]
+        if "initial_lora_A" in rights:
+            right, left = lora.difference(right, left, rights["initial_lora_A"].T, self.whole["initial_lora_B"])
         return lora.delta(right, left, self.scaling).T
 
 
