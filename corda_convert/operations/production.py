@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corda_convert import engine, hub
+from corda_convert.checkpoint.dequantized import DequantizedFile, stored_as, written_dtype
 from corda_convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
 from corda_convert.checkpoint.pickle_file import PickleFile
 from corda_convert.checkpoint.safetensors_file import SafetensorsFile
 from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorFile
+from corda_convert.operations.dequantize import DequantizeTransform
 from corda_convert.operations.options import Outcome, RunOptions, resolve_device
 from corda_convert.operations.rounding import rounding_warnings
 from corda_convert.operations.transforms import CastTransform
@@ -88,15 +90,20 @@ def checkpoint_files(
         for name, spec in shard.specs.items():
             if name in checkpoint.aliases:
                 continue
-            target = output_dtype(spec.dtype, dtype)
+            ref = checkpoint.tensors[name]
+            target = output_dtype(written_dtype(ref), dtype)
             if name in touched:
                 tensors += touched[name]
+            elif stored_as(ref) is not None:
+                tensors.append(Produced(spec.with_dtype(target), DequantizeTransform(ref, target)))
             elif target != spec.dtype:
                 tensors.append(Produced(spec.with_dtype(target), CastTransform(checkpoint.tensors[name], target)))
             elif shard.extent(name) is None:
                 tensors.append(Produced(spec, VerbatimTransform(checkpoint.tensors[name])))
             else:
                 tensors.append(Copied(spec, shard, name))
+        if not tensors and isinstance(shard, DequantizedFile):
+            continue  # it held scales only
         metadata = {"format": "pt"} if isinstance(shard, PickleFile) else shard.metadata
         files.append(OutputFileSpec(file_name, tuple(tensors), metadata))
     return tuple(files)

@@ -1,0 +1,233 @@
+"""Quantized bases through the plan and the engine: everything dequantized, or fp8 kept."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from building import LLAMA_CONFIG, random, read_json, write_checkpoint, write_lora
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, GptOssConfig, Mxfp4Config
+
+from corda_convert import engine
+from corda_convert.adapters import read_adapter
+from corda_convert.checkpoint.names import NameMap
+from corda_convert.checkpoint.structure import read_structure
+from corda_convert.errors import NotFinite, UnsupportedInput
+from corda_convert.linalg.fp8 import dequantize_blocks, quantize_blocks
+from corda_convert.operations.bases import Base, read_base
+from corda_convert.operations.edits import Applied, collect_edits, fit_changes, produced
+from corda_convert.operations.options import RunOptions
+from corda_convert.operations.production import checkpoint_files
+from corda_convert.operations.transforms import Rounding
+from corda_convert.plan import packing
+from corda_convert.plan.model import ComputeJob
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own, about quantizers and their kernels
+
+BLOCK = (16, 16)
+QUANTIZATION = {"quant_method": "fp8", "weight_block_size": list(BLOCK), "activation_scheme": "dynamic"}
+FP8_CONFIG = {
+    **LLAMA_CONFIG,
+    "dtype": "bfloat16",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_key_value_heads": 2,
+    "quantization_config": QUANTIZATION,
+}
+LAYER = "model.layers.0"
+SHAPES = {
+    **{f"{LAYER}.self_attn.{name}_proj": (32, 32) for name in "qkvo"},
+    **{f"{LAYER}.mlp.{name}_proj": (48, 32) for name in ("gate", "up")},
+    f"{LAYER}.mlp.down_proj": (32, 48),
+}
+ADAPTED = {name: SHAPES[name] for name in (f"{LAYER}.self_attn.q_proj", f"{LAYER}.mlp.down_proj")}
+
+
+def fp8_llama() -> dict[str, Tensor]:
+    tensors = {
+        "model.embed_tokens.weight": random(32, 32, dtype=torch.bfloat16),
+        f"{LAYER}.input_layernorm.weight": torch.ones(32),  # float32, as some checkpoints keep a few tensors
+        f"{LAYER}.post_attention_layernorm.weight": torch.ones(32, dtype=torch.bfloat16),
+        "model.norm.weight": torch.ones(32, dtype=torch.bfloat16),
+        "lm_head.weight": random(32, 32, seed=9, dtype=torch.bfloat16),
+    }
+    for place, (name, shape) in enumerate(SHAPES.items()):
+        codes, scales = quantize_blocks(random(*shape, seed=20 + place), BLOCK, torch.float32)
+        tensors |= {f"{name}.weight": codes.contiguous(), f"{name}.weight_scale_inv": scales}
+    return tensors
+
+
+def merged(
+    source: Path,
+    adapter: Path,
+    output: Path,
+    *,
+    run: RunOptions = RunOptions(),  # noqa: B008 - frozen
+    rounding: Rounding = "nearest",
+    requantize: bool = False,
+) -> tuple[dict[str, Tensor], dict[str, Any], Base]:
+    base = read_base(source, run, rounding=rounding, requantize=requantize)
+    read = read_adapter(adapter)
+    names = NameMap(base.readable, read_structure(base.readable.root, base.readable.config, base.readable.tensors))
+    edits = collect_edits([Applied(read)], [fit_changes(read, names)], names)
+    dtype = run.output_dtype
+    files = checkpoint_files(base.written, base.touched(produced(edits, names, dtype, rounding)), dtype)
+    plan = packing.pack(files, workers=2)
+    output.mkdir()
+    record = engine.run(plan, output, torch.device("cpu"))
+    for side_file in base.side_files():
+        side_file.write(output)
+    tensors: dict[str, Tensor] = {}
+    for file in plan.files:
+        tensors |= load_file(output / file.name)
+    return tensors, dict(record.facts), base
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    return write_lora(tmp_path / "adapter", ADAPTED, rank=4, target_modules=["q_proj", "down_proj"])
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("rounding", ["nearest", "peft"])
+def test_an_fp8_model_becomes_a_plain_one_that_transformers_loads(
+    tmp_path: Path, lora: Path, shards: int, rounding: Rounding
+) -> None:
+    stored = fp8_llama()
+    source = write_checkpoint(tmp_path / "model", stored, config=FP8_CONFIG, shards=shards)
+    tensors, facts, base = merged(source, lora, tmp_path / "out", rounding=rounding)
+    assert set(tensors) == {name for name in stored if not name.endswith("_scale_inv")}
+    assert {name for name, tensor in tensors.items() if tensor.dtype != torch.bfloat16} == {
+        f"{LAYER}.input_layernorm.weight"
+    }
+    factors = load_file(lora / "adapter_model.safetensors")
+    for module in SHAPES:
+        plain = dequantize_blocks(stored[f"{module}.weight"], stored[f"{module}.weight_scale_inv"], BLOCK)
+        if rounding == "peft":
+            plain = plain.bfloat16().float()
+        if module in ADAPTED:
+            lora_A, lora_B = (factors[f"base_model.model.{module}.lora_{letter}.weight"] for letter in "AB")
+            plain = plain + 2 * (lora_B @ lora_A)
+        assert torch.equal(tensors[f"{module}.weight"], plain.bfloat16()), module
+    assert facts[f"{LAYER}.mlp.up_proj.weight"] == {"action": "dequantized", "from": "fp8"}
+    assert facts[f"{LAYER}.mlp.down_proj.weight"]["action"] == "folded"
+    assert base.facts()["quantization"]["weights"] == len(SHAPES)
+    config = read_json(tmp_path / "out" / "config.json")
+    assert "quantization_config" not in config
+    assert config["dtype"] == "bfloat16"
+    if shards == 1:
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+        assert all(torch.equal(loaded[name], tensors[name].to(loaded[name].dtype)) for name in tensors)
+
+
+def test_untouched_weights_are_what_transformers_dequantizes(tmp_path: Path, lora: Path) -> None:
+    source = write_checkpoint(tmp_path / "model", fp8_llama(), config=FP8_CONFIG)
+    tensors, _, _ = merged(source, lora, tmp_path / "out")
+    quantization = FineGrainedFP8Config(weight_block_size=BLOCK, dequantize=True)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=quantization, dtype="bfloat16"
+    ).state_dict()
+    for module in SHAPES.keys() - ADAPTED.keys():
+        assert torch.equal(theirs[f"{module}.weight"], tensors[f"{module}.weight"]), module
+
+
+def test_another_dtype_is_taken_for_every_tensor(tmp_path: Path, lora: Path) -> None:
+    stored = fp8_llama()
+    source = write_checkpoint(tmp_path / "model", stored, config=FP8_CONFIG)
+    tensors, _, _ = merged(source, lora, tmp_path / "out", run=RunOptions(dtype="float32"))
+    up = f"{LAYER}.mlp.up_proj.weight"
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert torch.equal(tensors[up], dequantize_blocks(stored[up], stored[f"{up}_scale_inv"], BLOCK))
+
+
+def test_values_that_float16_cannot_hold_are_refused(tmp_path: Path, lora: Path) -> None:
+    stored = fp8_llama()
+    up = f"{LAYER}.mlp.up_proj.weight"
+    stored[up] = stored[up].float().abs().to(torch.float8_e4m3fn)
+    stored[f"{up}_scale_inv"][0, 0] *= 1e7
+    source = write_checkpoint(tmp_path / "model", stored, config=FP8_CONFIG)
+    with pytest.raises(NotFinite, match=r"mlp\.up_proj\.weight holds values outside the range of F16"):
+        merged(source, lora, tmp_path / "out", run=RunOptions(dtype="float16"))
+
+
+def test_fp8_that_stays_fp8_keeps_its_config_and_its_untouched_bits(tmp_path: Path, lora: Path) -> None:
+    stored = fp8_llama()
+    source = write_checkpoint(tmp_path / "model", stored, config=FP8_CONFIG, shards=2)
+    tensors, _, base = merged(source, lora, tmp_path / "out", requantize=True)
+    assert base.side_files() == ()
+    assert base.written.config is not None
+    assert "quantization_config" in base.written.config
+    assert set(tensors) == set(stored)
+    for name, tensor in stored.items():
+        same = torch.equal(tensors[name].view(torch.uint8), tensor.view(torch.uint8))
+        assert same == (name.rpartition(".")[0] not in ADAPTED), name
+
+
+def test_a_shard_of_scales_only_has_no_counterpart(tmp_path: Path, lora: Path) -> None:
+    stored = fp8_llama()
+    names = sorted(stored, key=lambda name: name.endswith("_scale_inv"))
+    source = write_checkpoint(tmp_path / "model", {name: stored[name] for name in names}, config=FP8_CONFIG, shards=4)
+    assert all(name.endswith("_scale_inv") for name in load_file(source / "model-00004-of-00004.safetensors"))
+    merged(source, lora, tmp_path / "out")
+    assert [path.name for path in sorted((tmp_path / "out").glob("*.safetensors"))] == [
+        f"model-0000{number}-of-00004.safetensors" for number in (1, 2, 3)
+    ]
+
+
+def test_a_stack_of_experts_is_dequantized_by_the_rows_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "BLOCK_ELEMENTS", 1 << 10)
+    base = read_base(gpt_oss(tmp_path)[0], RunOptions())
+    plan = packing.pack(checkpoint_files(base.written, {}, None))
+    largest = max(chunk.write_bytes for job in plan.jobs if isinstance(job, ComputeJob) for chunk in job.chunks)
+    assert largest < base.readable.spec(f"{LAYER}.mlp.experts.gate_up_proj").row_nbytes
+
+
+def test_requantize_is_refused_where_it_means_nothing(tmp_path: Path) -> None:
+    plain = write_checkpoint(tmp_path / "plain")
+    with pytest.raises(UnsupportedInput, match="plain is not quantized"):
+        read_base(plain, RunOptions(), requantize=True)
+    source = write_checkpoint(tmp_path / "model", fp8_llama(), config=FP8_CONFIG)
+    with pytest.raises(UnsupportedInput, match="Leave out --requantize, or --dtype and --rounding"):
+        read_base(source, RunOptions(dtype="bfloat16"), requantize=True)
+    with pytest.raises(UnsupportedInput, match="Leave out --requantize, or --dtype and --rounding"):
+        read_base(source, RunOptions(), rounding="peft", requantize=True)
+
+
+def gpt_oss(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """A tiny gpt-oss as it is published: experts in mxfp4, the rest in bfloat16."""
+    config = GptOssConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_local_experts=4, head_dim=16,
+        num_attention_heads=2, num_key_value_heads=1, num_experts_per_tok=2, layer_types=["full_attention"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(1)
+    for name in (f"{LAYER}.mlp.experts.gate_up_proj", f"{LAYER}.mlp.experts.down_proj"):
+        experts, columns, rows = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(115, 125, blocks.shape[:-1], dtype=torch.uint8, generator=generator)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    saved = {**config.to_dict(), "architectures": ["GptOssForCausalLM"], "quantization_config": quantization}
+    return write_checkpoint(folder, tensors, config=saved, shards=2), tensors
+
+
+def test_gpt_oss_becomes_what_transformers_dequantizes(tmp_path: Path) -> None:
+    source, stored = gpt_oss(tmp_path / "model")
+    adapted = {f"{LAYER}.self_attn.o_proj": (32, 32)}
+    adapter = write_lora(tmp_path / "adapter", adapted, rank=4, target_modules=["o_proj"])
+    tensors, facts, _ = merged(source, adapter, tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=Mxfp4Config(dequantize=True), dtype="bfloat16"
+    ).state_dict()
+    assert set(tensors) == set(theirs)
+    changed = {name for name, tensor in tensors.items() if not torch.equal(theirs[name], tensor)}
+    assert changed == {f"{LAYER}.self_attn.o_proj.weight"}
+    assert facts[f"{LAYER}.mlp.experts.down_proj"] == {"action": "dequantized", "from": "mxfp4"}
+    kept, _, _ = merged(source, adapter, tmp_path / "kept", requantize=True)
+    assert set(kept) == set(stored)
+    assert {name for name in stored if not torch.equal(kept[name], stored[name])} == changed
