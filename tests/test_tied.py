@@ -6,6 +6,7 @@ The oracle is the adapter model itself, unmerged: PEFT adds both changes to the 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -570,3 +571,42 @@ def test_a_module_to_save_that_has_lora_too_is_refused(tmp_path: Path) -> None:
     write_adapter(adapter, saved, config)
     with pytest.raises(CordaConvertError, match=r"replaces lm_head\.weight, and changes it in another way too"):
         merge(base, adapter=adapter, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("key", ["lm_head.lora_B.weight", "lm_head.base_layer.weight"])
+def test_nan_in_what_makes_a_tensor_of_its_own_is_refused(key: str, tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model_of("llama_tied").save_pretrained(base)
+    trained(base, adapter, LoraConfig(r=4, **targets("llama_tied", "head")), resize=69)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    saved[f"base_model.model.{key}"][68, 0] = torch.nan
+    save_file(saved, adapter / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(CordaConvertError, match=rf"{re.escape(key)} in .* holds NaN or Inf"):
+        merge(base, adapter=adapter, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_resized_vocabulary_is_cast_with_the_rest(tmp_path: Path) -> None:
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    model_of("llama_tied").save_pretrained(base)
+    expected = trained(base, adapter, LoraConfig(r=4, **targets("llama_tied", "both")), resize=69)
+    merge(base, adapter=adapter, output=output, run=RunOptions(dtype="bfloat16"))
+    assert {tensor.dtype for tensor in tensors(output).values()} == {torch.bfloat16}
+    config = config_of(output)
+    assert (config["dtype"], config["vocab_size"], config["tie_word_embeddings"]) == ("bfloat16", 69, False)
+    assert distance(output, expected) < 0.5
+    assert expected.abs().max() > 5
+
+
+def test_an_adapter_for_the_old_vocabulary_does_not_go_with_one_that_resizes_it(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    model_of("llama_tied").save_pretrained(base)
+    trained(base, tmp_path / "resized", LoraConfig(r=4, target_modules=["embed_tokens"]), resize=69)
+    options = LoraConfig(r=4, target_modules=["lm_head"])
+    trained(base, tmp_path / "old", options, save_embedding_layers=False)
+    with pytest.raises(CordaConvertError) as refused:
+        merge(base, adapter=[tmp_path / "resized", tmp_path / "old"], output=tmp_path / "out")
+    assert str(refused.value) == (
+        "lm_head: its change is for 64 rows, another adapter resizes lm_head.weight to 69.\n"
+        "The adapters were trained with different vocabularies."
+    )

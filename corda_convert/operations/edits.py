@@ -173,7 +173,7 @@ def collect_edits(applied: Sequence[Applied], fitted: Sequence[Sequence[Fitted]]
     raise_problems(settled.problems)
     tensors = {**collector.tensors, **settled.edits}
     vocabulary = resize(tensors, settled.config or names.checkpoint.config, names)
-    raise_problems(_size_problems(tensors))
+    raise_problems(_size_problems(tensors, names))
     warnings = [each.warning() for each in settled.untied]
     if vocabulary is not None:
         for source in (one.adapter.source for one in applied):
@@ -306,16 +306,19 @@ def _replacement_problem(
     return maybe_tied(target.name) if names.may_be_tied(target.tensor_name) else None
 
 
-def _size_problems(edits: Mapping[str, Edit]) -> list[CordaConvertError]:
+def _size_problems(edits: Mapping[str, Edit], names: NameMap) -> list[CordaConvertError]:
     """Changes that are for another number of rows than the weight has after it was replaced."""
     return [
         AdapterMismatch(
-            f"{placed.change.module_name} was trained on {placed.rows} rows of {name}; another adapter makes them "
-            f"{edit.replacement.shape[0]}."
+            f"{placed.change.module_name}: its change is for {placed.rows} rows, another adapter resizes {name} to "
+            f"{edit.replacement.shape[0]}.",
+            why="The adapters were trained with different vocabularies.",
         )
         for name, edit in edits.items()
         for placed in edit.changes
-        if edit.replacement is not None and placed.row + placed.rows > matrix_shape(edit.replacement.shape)[0]
+        if edit.replacement is not None
+        and edit.replacement.shape != names.checkpoint.spec(edit.source).shape
+        and placed.rows != edit.replacement.shape[0]
     ]
 
 
