@@ -70,6 +70,8 @@ def _headline(receipt: Mapping[str, Any], *, done: bool = True) -> str:
     if receipt["command"] == "merge":
         if options.get("subtract"):
             return f"{'Subtracted' if done else 'subtract'} {options['subtract']} from {options['model']}"
+        if "decomposed" in receipt:
+            return f"{'Merged' if done else 'merge'} the decomposed layers of {options['model']}"
         into = f"{_list(options['adapters'])} into {options['model']}"
         beside = [*options["init"], *([options["residual"]] if options["residual"] else [])]
         return f"{'Merged' if done else 'merge'} {into}" + (f" with {_list(beside)}" if beside else "")
@@ -82,6 +84,9 @@ def _headline(receipt: Mapping[str, Any], *, done: bool = True) -> str:
 def _details(receipt: Mapping[str, Any]) -> list[str]:
     adapters = receipt.get("adapters", ())
     lines = [f"  adapter  {_adapter(adapter, is_alone=len(adapters) == 1)}" for adapter in adapters]
+    if "decomposed" in receipt:
+        decomposed = receipt["decomposed"]
+        lines.append(f"  adapter  in the model, {decomposed['modules']} modules, rank {_list(decomposed['ranks'])}")
     if receipt.get("order_matters"):
         lines.append(
             "  order    as given: a change depends on the weight that it is made to, or every result is rounded"
