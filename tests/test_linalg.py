@@ -171,7 +171,7 @@ def test_the_share_of_the_weight_tells_initial_factors_from_ordinary_ones() -> N
     plain_A, plain_B = torch.randn(6, 48, generator=generator), torch.randn(64, 6, generator=generator)
 
     def share(matrix: Tensor, A: Tensor, B: Tensor) -> float:
-        return lora.projection_share(lora.column_space(B).T @ matrix, A, B)
+        return lora.projection_share(B.T.double() @ B.double(), B.T.double() @ matrix, A.double())
 
     assert share(weight, factors.lora_A, factors.lora_B) > 0.999
     assert abs(share(left, factors.lora_A, factors.lora_B)) < 0.05

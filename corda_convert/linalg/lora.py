@@ -40,21 +40,21 @@ def difference(lora_A: Tensor, lora_B: Tensor, initial_lora_A: Tensor, initial_l
     return right, left
 
 
-def column_space(lora_B: Tensor) -> Tensor:
-    """Orthonormal columns Q (d_out, r) that span those of `lora_B`, in float64."""
-    Q: Tensor = torch.linalg.qr(lora_B.double()).Q
-    return Q
+def projection_share(gram: Tensor, coupled: Tensor, lora_A: Tensor) -> float:
+    """How much of the weight's own content `B·A` repeats: the cosine between `Qᵀ B·A` and `Qᵀ W`, Q spanning B's columns.
 
-
-def projection_share(projected: Tensor, lora_A: Tensor, lora_B: Tensor) -> float:
-    """How much of the weight's own content `B·A` repeats: the cosine between `Qᵀ B·A` and `projected`, `Qᵀ W` (r, d_in).
-
-    Q is `column_space(lora_B)`. Near 1 for the initial factors of a projection method (CorDA, PiSSA, OLoRA) against the
-    weight they were taken from (there `s·B·A = Q Qᵀ W`); near 0 against its residual, and for ordinary LoRA factors.
+    Takes `BᵀB` (r, r), and `BᵀW` and A (r, n) at the same n inputs, in float64. Near 1 for the initial factors of a
+    projection method (CorDA, PiSSA, OLoRA) against the weight they were taken from (there `s·B·A = Q Qᵀ W`); near 0
+    against its residual, and for ordinary LoRA factors.
     """
-    mine = column_space(lora_B).T @ lora_B.double() @ lora_A.double()
-    own = float(torch.linalg.matrix_norm(projected))
-    repeated = float(torch.linalg.matrix_norm(mine))
-    if own <= 1e-3 * repeated or repeated == 0.0:
+    if not bool(torch.isfinite(gram).all()):
+        return 0.0  # the folding refuses what is not finite
+    squares, V = torch.linalg.eigh(gram)
+    alive = squares > 1e-14 * squares[-1].clamp(min=1e-300)
+    singular_values, V = squares[alive].sqrt(), V[:, alive]
+    mine = singular_values[:, None] * (V.T @ lora_A)
+    own = (V.T @ coupled) / singular_values[:, None]
+    repeated, present = float(torch.linalg.matrix_norm(mine)), float(torch.linalg.matrix_norm(own))
+    if present <= 1e-3 * repeated or repeated == 0.0:
         return 0.0
-    return float((mine * projected).sum()) / (repeated * own)
+    return float((mine * own).sum()) / (repeated * present)

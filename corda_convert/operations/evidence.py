@@ -6,28 +6,18 @@ model that is silently wrong. A few modules are read before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 
 from corda_convert.adapters.dora import lora_factors
-from corda_convert.adapters.factors import Adapter, Layout
+from corda_convert.adapters.factors import Adapter
 from corda_convert.adapters.lora import LoraFactors
 from corda_convert.adapters.source import CONFIG_FILE
 from corda_convert.checkpoint.folder import INITIAL_ADAPTER_FOLDER, Checkpoint
-from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorRef, read_rows, read_tensor
+from corda_convert.checkpoint.tensors import TensorRef, read_tensor
 from corda_convert.errors import AdapterMismatch, UnsupportedInput
-from corda_convert.plan.packing import row_blocks
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Matrices = Mapping[str, tuple[TensorRef, Layout]]
-"""The stored matrix of each module, and how it lies."""
-
-SAMPLED_MODULES = 8
-"""Modules that are read for a judgement: the smallest ones, so that it costs milliseconds."""
+from corda_convert.operations.shares import Matrices, repeated_shares, sample
 
 REPEATED_SHARE = 0.15
 """A median cosine above this between `s·B·A` and the weight's own part in B's column space tells a residual adapter. On
@@ -50,13 +40,6 @@ def initial_adapter_of(folder: Path) -> Path | None:
     own = folder / INITIAL_ADAPTER_FOLDER
     others = sorted(folder.glob("*_init")) if folder.is_dir() else []
     return next((path for path in (own, *others) if (path / CONFIG_FILE).is_file()), None)
-
-
-def sample(modules: Sequence[LoraFactors]) -> list[LoraFactors]:
-    """A few small modules, by a fixed rule."""
-    return sorted(modules, key=lambda factors: factors.lora_A.spec.nbytes + factors.lora_B.spec.nbytes)[
-        :SAMPLED_MODULES
-    ]
 
 
 def kept_directions(trained: TensorRef, initial: TensorRef) -> list[float]:
@@ -103,7 +86,7 @@ def check_base_of_initial(initial: Adapter, weights: Matrices, model: Checkpoint
             f"{model.name} is a residual (it has its initial adapter with it), and --init is for merging into the base.",
             next_step="Leave out --init, or give the base model.",
         )
-    shares = _shares(initial, weights)
+    shares = repeated_shares(initial, weights)
     if shares and median(abs(share) for share in shares) < 0.05:
         raise AdapterMismatch(
             f"{model.name} is not the model that {initial.source.name} was taken from: the initial factors make up "
@@ -121,7 +104,7 @@ def check_subtracted(initial: Adapter, weights: Matrices, model: Checkpoint) -> 
             f"{model.name} is a residual already: it has its initial adapter with it.",
             next_step="Subtract the initial adapter from the base model.",
         )
-    shares = _shares(initial, weights)
+    shares = repeated_shares(initial, weights)
     if shares and median(shares) < PROJECTED_SHARE:
         raise AdapterMismatch(
             f"{initial.source.name} is no initial adapter of {model.name}: its B·A is {median(shares):.1%} of the weight in "
@@ -138,7 +121,7 @@ def check_residual(adapter: Adapter, base: Matrices, residual: Matrices, name: s
     Both are told by the cosine between `B·A` and what the two models hold in B's column space: that of the residual is
     small, that of the difference large. Raises `AdapterMismatch`.
     """
-    shares = _shares(adapter, residual)
+    shares = repeated_shares(adapter, residual)
     if shares and median(shares) > REPEATED_SHARE:
         raise AdapterMismatch(
             f"{adapter.source.name} was not trained beside {name}: its B·A repeats {median(shares):.0%} of {name}'s own "
@@ -146,7 +129,7 @@ def check_residual(adapter: Adapter, base: Matrices, residual: Matrices, name: s
             why="It is the base, or the residual of another training.",
             next_step="Give the residual model that the training loaded.",
         )
-    taken = _shares(adapter, base, minus=residual)
+    taken = repeated_shares(adapter, base, minus=residual)
     if taken and median(taken) < REPEATED_SHARE:
         raise AdapterMismatch(
             f"{adapter.source.name} was not trained beside {name}: what the model has more than {name} does not lie where "
@@ -175,7 +158,7 @@ def was_taken_from(adapter: Adapter, weights: Matrices, model: Checkpoint) -> bo
     named = _local_folder(adapter.source.base_name)
     if initial_adapter_of(model.root) is not None or (named is not None and initial_adapter_of(named) is not None):
         return False
-    shares = _shares(adapter, weights)
+    shares = repeated_shares(adapter, weights)
     return bool(shares) and median(shares) > REPEATED_SHARE
 
 
@@ -192,7 +175,7 @@ def check_plain(adapter: Adapter, weights: Matrices, model: Checkpoint, *, is_ad
         return _check_on_residual(adapter, model, initial)
     if not loras:
         return None
-    shares = _shares(adapter, weights) if is_added else []
+    shares = repeated_shares(adapter, weights) if is_added else []
     if shares and median(shares) > REPEATED_SHARE:
         raise _needs_initial(adapter, model, f"its B·A repeats {median(shares):.0%} of {model.name}'s own weight there")
     named = _local_folder(adapter.source.base_name)
@@ -249,41 +232,6 @@ def _local_folder(name: str) -> Path | None:
         return Path(name).resolve() if name and Path(name).is_dir() else None
     except (OSError, ValueError):
         return None
-
-
-def _shares(adapter: Adapter, weights: Matrices, *, minus: Matrices | None = None) -> list[float]:
-    """The cosine of a few modules' `B·A` and the weight's own part in B's column space; of weights less those of `minus`."""
-    from corda_convert.linalg import lora
-
-    shares = []
-    for factors in sample(lora_factors(adapter.modules)):
-        if factors.module_name not in weights:
-            continue  # it lies on disk in another form
-        weight, layout = weights[factors.module_name]
-        if weight.spec.dtype in COMPUTABLE_DTYPES:
-            A, B = read_tensor(factors.lora_A), read_tensor(factors.lora_B)
-            basis = lora.column_space(B)
-            projected = _projected(weight, layout, basis)
-            if minus is not None:
-                projected -= _projected(*minus[factors.module_name], basis)
-            share = lora.projection_share(projected, A, B)
-            shares.append(share if factors.scaling >= 0 else -share)
-    return shares
-
-
-def _projected(weight: TensorRef, layout: Layout, basis: Tensor) -> Tensor:
-    """`basisᵀ W` (r, d_in) in float64, reading the weight by blocks of rows, whatever its size."""
-    import torch
-
-    total = torch.zeros(basis.shape[1], weight.shape[1] if layout == "out_in" else 0, dtype=torch.float64)
-    columns = []
-    for begin, end in row_blocks(weight.shape):
-        rows = read_rows(weight, begin, end).double()
-        if layout == "out_in":
-            total += basis[begin:end].T @ rows
-        else:
-            columns.append(basis.T @ rows.T)
-    return total if layout == "out_in" else torch.cat(columns, dim=1)
 
 
 def _is_converted(modules: Sequence[LoraFactors]) -> bool:
