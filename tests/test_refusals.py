@@ -647,7 +647,6 @@ def test_an_unknown_peft_type_is_refused_with_the_known_ones(refusal: Refusal, m
     [
         ("use_qalora", True, "QALoRA"),
         ("layer_replication", [[0, 2]], "layer replication"),
-        ("target_parameters", ["mlp.experts"], "LoRA on parameters (target_parameters)"),
         ("loftq_config", {"loftq_bits": 4}, "LoftQ"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 from corda_convert.adapters.source import AdapterSource
 from corda_convert.checkpoint.layout import Piece
@@ -107,6 +107,10 @@ class ParameterChange(Protocol):
         """Whether PEFT makes the same change to every weight that is tied to this one (trainable tokens)."""
         ...
 
+    def for_target(self, target: Target) -> ParameterChange:
+        """The change with what only its parameter tells: nothing for most of them."""
+        ...
+
     def fit(self, target: Target) -> Layout:
         """How the matrix lies at run time. Raises one of our errors if the factors do not fit the target."""
         ...
@@ -155,6 +159,9 @@ class UsualChange:
     @property
     def keeps_tie(self) -> bool:
         return False
+
+    def for_target(self, target: Target) -> Self:
+        return self
 
     def streams(self, block: Block) -> frozenset[str]:
         return frozenset()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from corda_convert.adapters.bias import LoraBias
 from corda_convert.adapters.dora import DoraFactors
-from corda_convert.adapters.experts import parameter_factors, parameter_modules, parameter_paths
+from corda_convert.adapters.experts import parameter_factors, parameter_modules, parameter_paths, plain_path
 from corda_convert.adapters.factors import Adapter, ParameterChange
 from corda_convert.adapters.lora import LoraFactors, LoraScaling, initialization, read_scaling
 from corda_convert.adapters.lora_options import TRAINING_ONLY, unsupported
@@ -50,6 +50,7 @@ class LoraFormat:
         found, rest = _gather(source, problems)
         changes: list[ParameterChange] = []
         wrappers = parameter_modules(source, found)
+        found = {name if name in wrappers else plain_path(name, wrappers): module for name, module in found.items()}
         for name, module in found.items():
             try:
                 if name in wrappers:

@@ -10,13 +10,14 @@ from corda_convert.errors import CordaConvertError, UnsupportedInput, some
 UNSUPPORTED = {
     "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA", "kasa_config": "KaSA", "arrow_config": "Arrow",
     "alora_invocation_tokens": "aLoRA", "monteclora_config": "MonteCLoRA", "layer_replication": "layer replication",
-    "target_parameters": "LoRA on parameters (target_parameters)", "loftq_config": "LoftQ",
+    "loftq_config": "LoftQ",
 }  # fmt: skip
 """Options that are refused, and what they are called."""
 
 READ = frozenset({
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "modules_to_save",
     "init_lora_weights", "use_dora", "lora_bias", "trainable_token_indices", "corda_config", "base_model_name_or_path",
+    "target_parameters",
 })  # fmt: skip
 """Options that are read."""
 

@@ -6,7 +6,7 @@ substitution that is the same for all. What none of them finds is refused by the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -105,8 +105,14 @@ class NameMap:
         target = self.target(run_time_name)
         return target.tensor_name if target is not None and len(target.places) == 1 else None
 
+    @cached_property
+    def _unsupported(self) -> Mapping[str, str]:
+        return {} if self.structure is None else self.structure.unsupported
+
     def target(self, name: str) -> Target | None:
-        """The parameter of that run-time or disk name."""
+        """The parameter of that run-time or disk name; None, too, for a tensor whose conversion cannot be followed."""
+        if name in self._unsupported:
+            return None
         if name in self._places:
             return self._known_target(name)
         if name in self.checkpoint.tensors:
@@ -137,10 +143,10 @@ class NameMap:
     def find(self, wanted: Sequence[Sequence[str]]) -> list[Target | None]:
         """For each list of names that a parameter may have, the first one that is there."""
         found = [next((target for name in names if (target := self.target(name))), None) for names in wanted]
-        if wanted and not any(found):
-            substituted = self._substitute_prefix([name for names in wanted for name in names[:1]])
-            found = [self._disk_target(substituted[names[0]]) if substituted else None for names in wanted]
-        return found
+        if any(found) or not all(wanted):
+            return found
+        placed = self._substitute_prefix([tuple(names) for names in wanted])
+        return [self._disk_target(placed[tuple(names)]) if placed else None for names in wanted]
 
     def module_of(self, tensor_name: str) -> str:
         """The run-time module path of a disk tensor."""
@@ -168,22 +174,29 @@ class NameMap:
         matrices = [ref.shape for ref in self.checkpoint.tensors.values() if len(ref.shape) == 2]
         return shape in matrices and matrices.count(shape) == 1 and shape[0] == max(rows for rows, _ in matrices)
 
-    def _substitute_prefix(self, names: Iterable[str]) -> Mapping[str, str]:
-        """The one prefix substitution that takes every name to a tensor of its own, or nothing."""
-        wanted = list(names)
-        first = wanted[0].split(".")
-        tensors = self.checkpoint.tensors
-        solutions: set[tuple[tuple[str, str], ...]] = set()
-        for cut in range(len(first) - 1):
-            old, suffix = ".".join(first[:cut]), ".".join(first[cut:])
-            for tensor in tensors:
-                if tensor != suffix and not tensor.endswith(f".{suffix}"):
-                    continue
-                new = tensor[: len(tensor) - len(suffix)].rstrip(".")
-                placed = {name: _replace_prefix(name, old, new) for name in wanted}
-                if all(name in tensors for name in placed.values()) and len(set(placed.values())) == len(placed):
-                    solutions.add(tuple(sorted(placed.items())))
+    def _substitute_prefix(self, wanted: Sequence[tuple[str, ...]]) -> Mapping[tuple[str, ...], str]:
+        """The one prefix substitution that takes every parameter to a tensor of its own, or nothing."""
+        tensors = [name for name in self.checkpoint.tensors if name not in self._unsupported]
+        known = frozenset(tensors)
+        solutions: set[tuple[tuple[tuple[str, ...], str], ...]] = set()
+        for old, new in {pair for first in wanted[:1] for name in first for pair in _substitutions(name, tensors)}:
+            placed = {
+                names: next((place for name in names if (place := _replace_prefix(name, old, new)) in known), None)
+                for names in wanted
+            }
+            if None not in placed.values() and len(set(placed.values())) == len(placed):
+                solutions.add(tuple((names, place) for names, place in sorted(placed.items()) if place is not None))
         return dict(solutions.pop()) if len(solutions) == 1 else {}
+
+
+def _substitutions(name: str, tensors: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Each prefix of the name, and what stands in its place in a tensor's name that ends in the same way."""
+    parts = name.split(".")
+    for cut in range(len(parts) - 1):
+        old, suffix = ".".join(parts[:cut]), ".".join(parts[cut:])
+        for tensor in tensors:
+            if tensor == suffix or tensor.endswith(f".{suffix}"):
+                yield old, tensor[: len(tensor) - len(suffix)].rstrip(".")
 
 
 def _replace_prefix(name: str, old: str, new: str) -> str:
