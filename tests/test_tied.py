@@ -189,7 +189,7 @@ def test_the_head_stands_behind_the_embedding_under_its_name_on_disk_and_the_con
     (warning,) = outcome.warnings
     assert warning == (
         "lm_head.weight and model.language_model.embed_tokens.weight share one tensor in the base, and are not alike with "
-        f'the adapter: {head} is written of its own, and config.json says "tie_word_embeddings": false.'
+        f'the adapter; written in addition: {head}. config.json says "tie_word_embeddings": false.'
     )
 
 
@@ -610,3 +610,22 @@ def test_an_adapter_for_the_old_vocabulary_does_not_go_with_one_that_resizes_it(
         "lm_head: its change is for 64 rows, another adapter resizes lm_head.weight to 69.\n"
         "The adapters were trained with different vocabularies."
     )
+
+
+def test_t5_with_tied_lora_computes_what_was_trained(tmp_path: Path) -> None:
+    """PEFT ties its embeddings' LoRA in training, and not when it loads them: the reloaded adapter is another one."""
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    model_of("t5").double().save_pretrained(base)
+    options = LoraConfig(r=4, target_modules=["shared", "lm_head"], ensure_weight_tying=True)
+    adapted = get_peft_model(load(base), options).double()
+    torch.manual_seed(1)
+    for parameter in {id(p): p for p in adapted.parameters() if p.requires_grad}.values():
+        parameter.data.normal_(std=0.3)
+    adapted.save_pretrained(adapter)
+    expected = logits(adapted)
+    merge(base, adapter=adapter, output=output)
+    assert distance(output, expected) <= 1e-9
+    assert tensors(output).keys() - tensors(base).keys() == {
+        "encoder.embed_tokens.weight",
+        "decoder.embed_tokens.weight",
+    }

@@ -117,13 +117,12 @@ class Untied:
     def warning(self) -> str:
         """What a user must know of an output that is laid out otherwise than its base."""
         shared = f"{', '.join(self.members[1:])} and {self.members[0]} share one tensor in the base"
-        apart = (
-            f"{shared}, and are not alike with the adapter: {', '.join(self.written) or 'each'} is written of its own"
-        )
+        added = f"; written in addition: {', '.join(self.written)}." if self.written else "."
+        apart = f"{shared}, and are not alike with the adapter{added}"
         if self.by_config:
-            return f'{apart}, and config.json says "tie_word_embeddings": false.'
+            return f'{apart} config.json says "tie_word_embeddings": false.'
         return (
-            f"{apart}. Their class ties them whatever config.json says; transformers 5 leaves tensors that differ as they "
+            f"{apart} Their class ties them whatever config.json says; transformers 5 leaves tensors that differ as they "
             "are, older versions drop one of them."
         )
 
