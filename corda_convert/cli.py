@@ -204,6 +204,11 @@ def decompose(model: Path, covariances: Path | None, **options: Any) -> None:
     type=click.Choice(["nearest", "peft"]),
     help="nearest: round once. peft: PEFT's bits, where it rounds twice (embeddings).",
 )
+@click.option(
+    "--requantize",
+    is_flag=True,
+    help="Keep a block-fp8 MODEL fp8, and quantize what changes again. [default: the output has plain weights]",
+)
 @click.option("--as-is", is_flag=True, help="Do not ask whether the adapter belongs on a residual.")
 @run_options
 def merge(model: Path, adapters: tuple[Path, ...], **options: Any) -> None:
@@ -213,7 +218,8 @@ def merge(model: Path, adapters: tuple[Path, ...], **options: Any) -> None:
     DiSHA/Bone, LoRA and PiSSA of RWKV-PEFT, one .pth each, for a MODEL that is one .pth too. A MODEL of the CorDA authors'
     scripts (ALinear, BLinear, weight_residual) holds its adapter and becomes dense without --adapter. An adapter
     that was trained beside a residual goes into its residual, or into the base with --init or --residual. PiSSA and OLoRA
-    go into the base without: what the training began with is computed again. Anything else is refused.
+    go into the base without: what the training began with is computed again. Weights in block-fp8 and mxfp4 become plain
+    ones, unless --requantize is given. Anything else is refused.
 
     \b
     Example:
@@ -242,6 +248,7 @@ def merge(model: Path, adapters: tuple[Path, ...], **options: Any) -> None:
         alpha=options["alpha"],
         format=options["format"],
         rounding=options["rounding"],
+        requantize=options["requantize"],
         as_is=options["as_is"],
     )
     _report(operation.merge(model, adapter=adapters, output=output, options=chosen, run=_run(options)), options)

@@ -6,18 +6,17 @@ from typing import Any
 import pytest
 import torch
 from building import LLAMA_CONFIG, random, read_json, write_checkpoint, write_lora
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, GptOssConfig, Mxfp4Config
 
-from corda_convert import engine
-from corda_convert.adapters import read_adapter
-from corda_convert.checkpoint.names import NameMap
-from corda_convert.checkpoint.structure import read_structure
+import corda_convert
+from corda_convert.cli import cli
 from corda_convert.errors import NotFinite, UnsupportedInput
 from corda_convert.linalg.fp8 import dequantize_blocks, quantize_blocks
-from corda_convert.operations.bases import Base, read_base
-from corda_convert.operations.edits import Applied, collect_edits, fit_changes, produced
+from corda_convert.operations.bases import read_base
+from corda_convert.operations.merge import MergeOptions
 from corda_convert.operations.options import RunOptions
 from corda_convert.operations.production import checkpoint_files
 from corda_convert.operations.transforms import Rounding
@@ -66,24 +65,19 @@ def merged(
     output: Path,
     *,
     run: RunOptions = RunOptions(),  # noqa: B008 - frozen
-    rounding: Rounding = "nearest",
-    requantize: bool = False,
-) -> tuple[dict[str, Tensor], dict[str, Any], Base]:
-    base = read_base(source, run, rounding=rounding, requantize=requantize)
-    read = read_adapter(adapter)
-    names = NameMap(base.readable, read_structure(base.readable.root, base.readable.config, base.readable.tensors))
-    edits = collect_edits([Applied(read)], [fit_changes(read, names)], names)
-    dtype = run.output_dtype
-    files = checkpoint_files(base.written, base.touched(produced(edits, names, dtype, rounding)), dtype)
-    plan = packing.pack(files, workers=2)
-    output.mkdir()
-    record = engine.run(plan, output, torch.device("cpu"))
-    for side_file in base.side_files():
-        side_file.write(output)
+    **options: Any,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The output's tensors, and its receipt."""
+    outcome = corda_convert.merge(source, adapter=adapter, output=output, options=MergeOptions(**options), run=run)
     tensors: dict[str, Tensor] = {}
-    for file in plan.files:
-        tensors |= load_file(output / file.name)
-    return tensors, dict(record.facts), base
+    for path in output.glob("*.safetensors"):
+        tensors |= load_file(path)
+    return tensors, outcome.receipt
+
+
+def facts_of(receipt: dict[str, Any], name: str) -> dict[str, Any]:
+    (facts,) = (entry for entry in receipt["tensors"] if entry["name"] == name)
+    return facts
 
 
 @pytest.fixture
@@ -98,7 +92,7 @@ def test_an_fp8_model_becomes_a_plain_one_that_transformers_loads(
 ) -> None:
     stored = fp8_llama()
     source = write_checkpoint(tmp_path / "model", stored, config=FP8_CONFIG, shards=shards)
-    tensors, facts, base = merged(source, lora, tmp_path / "out", rounding=rounding)
+    tensors, receipt = merged(source, lora, tmp_path / "out", rounding=rounding)
     assert set(tensors) == {name for name in stored if not name.endswith("_scale_inv")}
     assert {name for name, tensor in tensors.items() if tensor.dtype != torch.bfloat16} == {
         f"{LAYER}.input_layernorm.weight"
@@ -112,9 +106,14 @@ def test_an_fp8_model_becomes_a_plain_one_that_transformers_loads(
             lora_A, lora_B = (factors[f"base_model.model.{module}.lora_{letter}.weight"] for letter in "AB")
             plain = plain + 2 * (lora_B @ lora_A)
         assert torch.equal(tensors[f"{module}.weight"], plain.bfloat16()), module
-    assert facts[f"{LAYER}.mlp.up_proj.weight"] == {"action": "dequantized", "from": "fp8"}
-    assert facts[f"{LAYER}.mlp.down_proj.weight"]["action"] == "folded"
-    assert base.facts()["quantization"]["weights"] == len(SHAPES)
+    up = facts_of(receipt, f"{LAYER}.mlp.up_proj.weight")
+    assert (up["action"], up["from"]) == ("dequantized", "fp8")
+    assert facts_of(receipt, f"{LAYER}.mlp.down_proj.weight")["action"] == "folded"
+    assert receipt["quantization"] == {"method": "fp8", "weights": len(SHAPES), "activation_scales_left_out": []}
+    assert any("the output has plain weights; --requantize keeps fp8" in warning for warning in receipt["warnings"])
+    (model,) = (entry for entry in receipt["inputs"] if entry["role"] == "model")
+    assert [file["name"] for file in model["files"]] == sorted(path.name for path in source.glob("*.safetensors"))
+    assert all(file["header_sha256"] for file in model["files"])
     config = read_json(tmp_path / "out" / "config.json")
     assert "quantization_config" not in config
     assert config["dtype"] == "bfloat16"
@@ -125,7 +124,7 @@ def test_an_fp8_model_becomes_a_plain_one_that_transformers_loads(
 
 def test_untouched_weights_are_what_transformers_dequantizes(tmp_path: Path, lora: Path) -> None:
     source = write_checkpoint(tmp_path / "model", fp8_llama(), config=FP8_CONFIG)
-    tensors, _, _ = merged(source, lora, tmp_path / "out")
+    tensors, _ = merged(source, lora, tmp_path / "out")
     quantization = FineGrainedFP8Config(weight_block_size=BLOCK, dequantize=True)
     theirs = AutoModelForCausalLM.from_pretrained(
         source, quantization_config=quantization, dtype="bfloat16"
@@ -137,7 +136,7 @@ def test_untouched_weights_are_what_transformers_dequantizes(tmp_path: Path, lor
 def test_another_dtype_is_taken_for_every_tensor(tmp_path: Path, lora: Path) -> None:
     stored = fp8_llama()
     source = write_checkpoint(tmp_path / "model", stored, config=FP8_CONFIG)
-    tensors, _, _ = merged(source, lora, tmp_path / "out", run=RunOptions(dtype="float32"))
+    tensors, _ = merged(source, lora, tmp_path / "out", run=RunOptions(dtype="float32"))
     up = f"{LAYER}.mlp.up_proj.weight"
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert torch.equal(tensors[up], dequantize_blocks(stored[up], stored[f"{up}_scale_inv"], BLOCK))
@@ -156,14 +155,60 @@ def test_values_that_float16_cannot_hold_are_refused(tmp_path: Path, lora: Path)
 def test_fp8_that_stays_fp8_keeps_its_config_and_its_untouched_bits(tmp_path: Path, lora: Path) -> None:
     stored = fp8_llama()
     source = write_checkpoint(tmp_path / "model", stored, config=FP8_CONFIG, shards=2)
-    tensors, _, base = merged(source, lora, tmp_path / "out", requantize=True)
-    assert base.side_files() == ()
-    assert base.written.config is not None
-    assert "quantization_config" in base.written.config
+    tensors, receipt = merged(source, lora, tmp_path / "out", requantize=True)
+    assert (tmp_path / "out" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    assert facts_of(receipt, f"{LAYER}.mlp.down_proj.weight_scale_inv")["action"] == "requantized"
     assert set(tensors) == set(stored)
     for name, tensor in stored.items():
         same = torch.equal(tensors[name].view(torch.uint8), tensor.view(torch.uint8))
         assert same == (name.rpartition(".")[0] not in ADAPTED), name
+
+
+def test_a_changed_config_tells_of_the_quantization_as_the_stored_one_does(tmp_path: Path) -> None:
+    config = {
+        "vocab_size": 32,
+        "text_config": {"vocab_size": 32, "quantization_config": QUANTIZATION},
+        "dtype": "float32",
+    }
+    tensors = {name: tensor for name, tensor in fp8_llama().items() if "up_proj" in name}
+    source = write_checkpoint(tmp_path, tensors, config=config)
+    changed = {"vocab_size": 40, "text_config": {"vocab_size": 40}, "dtype": "float32"}
+    kept = read_base(source, RunOptions(), requantize=True)
+    assert kept.config() is None
+    assert kept.config(changed) == {
+        "vocab_size": 40,
+        "text_config": {"vocab_size": 40, "quantization_config": QUANTIZATION},
+        "dtype": "float32",
+    }
+    plain = read_base(source, RunOptions())
+    assert plain.config() == {"vocab_size": 32, "text_config": {"vocab_size": 32}, "dtype": "bfloat16"}
+    assert plain.config(changed) == {"vocab_size": 40, "text_config": {"vocab_size": 40}, "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("path", ["model.gguf", "gptq"])
+def test_merge_refuses_other_methods_by_name(tmp_path: Path, lora: Path, path: str) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    write_checkpoint(tmp_path / "gptq", config={**LLAMA_CONFIG, "quantization_config": {"quant_method": "gptq"}})
+    with pytest.raises(UnsupportedInput, match=rf"is quantized with {path.removeprefix('model.')}"):
+        merged(tmp_path / path, lora, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [{"subtract": "initial"}, {}])
+def test_requantize_without_an_adapter_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+    source = write_checkpoint(tmp_path / "model", fp8_llama(), config=FP8_CONFIG)
+    with pytest.raises(UnsupportedInput, match="--requantize goes with --adapter"):
+        corda_convert.merge(source, output=tmp_path / "out", options=MergeOptions(requantize=True, **options))
+
+
+def test_the_command_line_keeps_fp8(tmp_path: Path, lora: Path) -> None:
+    source = write_checkpoint(tmp_path / "model", fp8_llama(), config=FP8_CONFIG)
+    arguments = ["merge", str(source), "--adapter", str(lora), "--requantize", "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, result.output
+    assert (
+        load_file(tmp_path / "out" / "model.safetensors")[f"{LAYER}.mlp.down_proj.weight"].dtype == torch.float8_e4m3fn
+    )
 
 
 def test_a_shard_of_scales_only_has_no_counterpart(tmp_path: Path, lora: Path) -> None:
@@ -220,14 +265,15 @@ def test_gpt_oss_becomes_what_transformers_dequantizes(tmp_path: Path) -> None:
     source, stored = gpt_oss(tmp_path / "model")
     adapted = {f"{LAYER}.self_attn.o_proj": (32, 32)}
     adapter = write_lora(tmp_path / "adapter", adapted, rank=4, target_modules=["o_proj"])
-    tensors, facts, _ = merged(source, adapter, tmp_path / "out")
+    tensors, receipt = merged(source, adapter, tmp_path / "out")
     theirs = AutoModelForCausalLM.from_pretrained(
         source, quantization_config=Mxfp4Config(dequantize=True), dtype="bfloat16"
     ).state_dict()
     assert set(tensors) == set(theirs)
     changed = {name for name, tensor in tensors.items() if not torch.equal(theirs[name], tensor)}
     assert changed == {f"{LAYER}.self_attn.o_proj.weight"}
-    assert facts[f"{LAYER}.mlp.experts.down_proj"] == {"action": "dequantized", "from": "mxfp4"}
-    kept, _, _ = merged(source, adapter, tmp_path / "kept", requantize=True)
+    down = facts_of(receipt, f"{LAYER}.mlp.experts.down_proj")
+    assert (down["action"], down["from"]) == ("dequantized", "mxfp4")
+    kept, _ = merged(source, adapter, tmp_path / "kept", requantize=True)
     assert set(kept) == set(stored)
     assert {name for name in stored if not torch.equal(kept[name], stored[name])} == changed

@@ -787,7 +787,7 @@ def test_a_quantized_weight_is_neither_folded_nor_replaced_nor_decomposed(
     names = [f"{UP}.weight", "lm_head.weight"]
     tensors = {name: t.to(stored) if name in names else t for name, t in llama_tensors().items()}
     model = write_checkpoint(tmp_path / "quantized", tensors)
-    assert "the base is quantized." in refusal("merge", model, "--adapter", lora)
+    assert "Merge into the unquantized base model." in refusal("merge", model, "--adapter", lora)
     assert "the model is quantized." in refusal(*decompose_arguments(model, covariances))
     replacing = {
         **lora_tensors({"model.layers.0.mlp.up_proj": LINEARS[UP]}),

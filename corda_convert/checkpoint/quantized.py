@@ -111,6 +111,17 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def with_quantization(config: Mapping[str, Any], quantized: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with what `quantized`, the config that it was made from, tells of a quantization, at the same levels."""
+    result = {key: copy.deepcopy(value) for key, value in config.items()}
+    for key, value in quantized.items():
+        if key in _CONFIG_KEYS:
+            result[key] = copy.deepcopy(value)
+        elif isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+            result[key] = with_quantization(result[key], value)
+    return result
+
+
 def _entries(level: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """What the config says of quantization, at every level."""
     for key, value in level.items():
@@ -199,7 +210,7 @@ def _mark_by_dtype(spec: TensorSpec, stem: str, specs: Mapping[str, TensorSpec])
         kind = "fp8" if spec.dtype.startswith("F") else "integer"
         return f"{kind} weights with weight_scale (fbgemm_fp8, compressed-tensors, modelopt or bitnet)"
     if spec.dtype.startswith(("F8_", "F6_", "F4")) and not spec.name.endswith(("_scale", SCALE_SUFFIX, ".scale")):
-        return f"{spec.dtype} without {SCALE_SUFFIX.removeprefix('_')}"
+        return f"{spec.dtype} without scales"
     return None
 
 

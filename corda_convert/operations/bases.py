@@ -9,12 +9,12 @@ from typing import Any
 
 from corda_convert.checkpoint.dequantized import DEQUANTIZED_DTYPE, dequantized, describe
 from corda_convert.checkpoint.folder import Checkpoint, read_checkpoint
-from corda_convert.checkpoint.quantized import Quantization, check_no_gguf, quantization_of
+from corda_convert.checkpoint.quantized import Quantization, check_no_gguf, quantization_of, with_quantization
 from corda_convert.errors import UnsupportedInput
 from corda_convert.operations.options import DTYPES, RunOptions
 from corda_convert.operations.requantize import requantized
 from corda_convert.operations.transforms import Rounding
-from corda_convert.output.side_files import SideFile, config_with_dtype, json_file
+from corda_convert.output.side_files import config_with_dtype
 from corda_convert.plan.model import Produced
 
 
@@ -43,12 +43,25 @@ class Base:
         """What takes the place of each touched tensor of `written`, from what was planned for `readable`."""
         return requantized(produced, self.readable) if self.stays_quantized else produced
 
-    def side_files(self) -> tuple[SideFile, ...]:
-        """The config of a model that is quantized no more; nothing for any other."""
-        if self.quantization is None or self.stays_quantized or self.readable.config is None:
-            return ()
+    def config(self, changed: dict[str, Any] | None = None) -> dict[str, Any] | None:
+        """The output's config where it is not the stored one: `changed`, which was made from `readable`'s, and what follows."""
+        config = changed or self.readable.config
+        if self.quantization is None or config is None:
+            return changed
+        if self.stays_quantized:
+            return with_quantization(changed, self.stored.config or {}) if changed else None
         dtype = next(name for name, stored in DTYPES.items() if stored == DEQUANTIZED_DTYPE)
-        return (json_file("config.json", config_with_dtype(self.readable.config, dtype)),)
+        return config_with_dtype(config, dtype)
+
+    def warnings(self) -> tuple[str, ...]:
+        """For the user: that the output is larger than the model."""
+        if self.quantization is None or self.stays_quantized:
+            return ()
+        keep = "; --requantize keeps fp8" if self.quantization.method == "fp8" else ""
+        return (
+            f"{self.stored.name} is quantized with {self.quantization.method}: the output has plain weights{keep}. An adapter "
+            "that was trained on a quantized model is best merged into the unquantized one.",
+        )
 
     def facts(self) -> dict[str, Any]:
         """For the receipt."""

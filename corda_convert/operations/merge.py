@@ -9,10 +9,11 @@ from pathlib import Path
 from corda_convert.adapters import read_adapter
 from corda_convert.adapters.factors import Adapter
 from corda_convert.adapters.rwkv import RwkvTraining
-from corda_convert.checkpoint.folder import Checkpoint, read_checkpoint
+from corda_convert.checkpoint.folder import Checkpoint
 from corda_convert.checkpoint.names import NameMap
 from corda_convert.errors import UnsupportedInput
 from corda_convert.operations.authors import is_decomposed, merge_decomposed
+from corda_convert.operations.bases import Base, read_base
 from corda_convert.operations.belonging import Part, check_belonging, fit_all, structure_for
 from corda_convert.operations.edits import collect_edits, produced
 from corda_convert.operations.formats import WeightFormat, in_format
@@ -46,6 +47,7 @@ class MergeOptions:
         alpha: lora_alpha of the adapters that are LoRA files of RWKV-PEFT, which do not hold it.
         format: `safetensors`, or `pth` for one file of torch's own; by default that of a model that is one `.pth`.
         rounding: `nearest`, or `peft` for PEFT's bits.
+        requantize: keep a block-fp8 model fp8: what changes is quantized again. Else its weights become plain ones.
         as_is: trust the user that every delta, with `init` or without, belongs on this very model.
     """
 
@@ -56,6 +58,7 @@ class MergeOptions:
     alpha: float | None = None
     format: WeightFormat | None = None
     rounding: Rounding = "nearest"
+    requantize: bool = False
     as_is: bool = False
 
 
@@ -74,7 +77,10 @@ def merge(
     blocks). Raises a `CordaConvertError`; then nothing was written.
     """
     adapters = _paths(adapter)
-    checkpoint = read_checkpoint(Path(model))
+    base = read_base(Path(model), run, rounding=options.rounding, requantize=options.requantize)
+    checkpoint = base.stored
+    if options.requantize and (options.subtract is not None or not adapters):
+        raise UnsupportedInput("--requantize goes with --adapter.", next_step="Leave it out.")
     if options.subtract is not None:
         others = (options.init, options.residual, options.scales, options.format)
         if adapters or any(others) or options.alpha is not None:
@@ -95,7 +101,7 @@ def merge(
             "--alpha is for LoRA files of RWKV-PEFT alone; there is none.", next_step="Leave it out."
         )
     with read_ahead((*(each.source.file for each in trained), *checkpoint.shards), run) as ahead:
-        return _merge(checkpoint, trained, Path(output), options, run, ahead)
+        return _merge(base, trained, Path(output), options, run, ahead)
 
 
 def _check_alone(checkpoint: Checkpoint, options: MergeOptions) -> None:
@@ -120,13 +126,14 @@ def _paths(paths: Paths | None) -> tuple[Path, ...]:
 
 
 def _merge(
-    checkpoint: Checkpoint,
+    base: Base,
     trained: Sequence[Adapter],
     output: Path,
     options: MergeOptions,
     run: RunOptions,
     ahead: ReadAhead | None,
 ) -> Outcome:
+    checkpoint = base.readable
     given, residual = _parts(checkpoint, trained, options)
     applied = [part.applied() for part in given]
     keeps_order = order_matters(applied, rounds_each=options.rounding == "peft")
@@ -141,21 +148,22 @@ def _merge(
         *(_base_warnings(given, checkpoint) if residual is None else ()),
         *_made_again_warnings(parts, made_again, checkpoint),
         *edits.warnings,
+        *base.warnings(),
     ]
     if residual is not None:
         warnings.append(fold_into_residual(edits, residual, checkpoint))
-    touched = reproduced(produced(edits, names, run.output_dtype, options.rounding), made_again)
+    touched = base.touched(reproduced(produced(edits, names, run.output_dtype, options.rounding), made_again))
     tokenizers = [tokenizer_files(part.trained.source.folder) for part in given]
-    side_files, left = model_side_files(checkpoint, run, tokenizers, edits.config)
-    facts = {"adapters": [part.describe() for part in given]}
-    files = checkpoint_files(checkpoint, touched, run.output_dtype)
+    side_files, left = model_side_files(base.written, run, tokenizers, base.config(edits.config))
+    facts = {"adapters": [part.describe() for part in given], **base.facts()}
+    files = checkpoint_files(base.written, touched, run.output_dtype)
     formatted = in_format(files, checkpoint, _card(checkpoint, given), options.format)
     return produce(
         Production(
             command="merge",
             options=_options(checkpoint, given, residual, options, run),
             output=output,
-            inputs=_inputs(checkpoint, given, residual),
+            inputs=_inputs(base.stored, given, residual),
             files=formatted.files,
             side_files=side_files,
             index_metadata=formatted.index_metadata,
@@ -210,6 +218,7 @@ def _options(
         "alpha": options.alpha,
         "format": options.format,
         "rounding": options.rounding,
+        "requantize": options.requantize,
         "as_is": options.as_is,
         "dtype": run.dtype,
     }

@@ -54,6 +54,11 @@ def _problem(weight: StoredWeight, produced: Sequence[Produced]) -> CordaConvert
     next_step = "Leave out --requantize."
     if not isinstance(weight, Fp8Weight):
         return UnsupportedInput(f"{name} is stored as mxfp4: --requantize is for fp8.", next_step=next_step)
+    if not isinstance(produced[0].transform, FoldTransform | CastTransform):
+        return UnsupportedInput(
+            f"{name} needs the initial factors of the training made again: --requantize is not for these.",
+            next_step="Give them with --init, or leave out --requantize.",
+        )
     if [each.spec.shape for each in produced] != [weight.spec.shape]:
         return UnsupportedInput(
             f"{name} would get another shape, or a tensor beside it: --requantize is for weights that keep their shape.",
