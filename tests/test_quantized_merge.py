@@ -7,13 +7,15 @@ import pytest
 import torch
 from building import LLAMA_CONFIG, random, read_json, write_checkpoint, write_lora
 from click.testing import CliRunner
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, GptOssConfig, Mxfp4Config
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import corda_convert
 from corda_convert.cli import cli
-from corda_convert.errors import NotFinite, UnsupportedInput
+from corda_convert.errors import CordaConvertError, NotFinite, UnsupportedInput
 from corda_convert.linalg.fp8 import dequantize_blocks, quantize_blocks
 from corda_convert.operations.bases import read_base
 from corda_convert.operations.merge import MergeOptions
@@ -277,3 +279,28 @@ def test_gpt_oss_becomes_what_transformers_dequantizes(tmp_path: Path) -> None:
     kept, _ = merged(source, adapter, tmp_path / "kept", requantize=True)
     assert set(kept) == set(stored)
     assert {name for name in stored if not torch.equal(kept[name], stored[name])} == changed
+
+
+def test_lora_on_mxfp4_experts_gives_the_bits_of_the_merge_into_the_plain_model(tmp_path: Path) -> None:
+    source, stored = gpt_oss(tmp_path / "model")
+    experts = f"{LAYER}.mlp.experts"
+    plain = {name: tensor for name, tensor in stored.items() if not name.endswith(("_blocks", "_scales"))}
+    for name in (f"{experts}.gate_up_proj", f"{experts}.down_proj"):
+        plain[name] = convert_moe_packed_tensors(stored[f"{name}_blocks"], stored[f"{name}_scales"])
+    config = {key: value for key, value in read_json(source / "config.json").items() if key != "quantization_config"}
+    unquantized = write_checkpoint(tmp_path / "plain", plain, config=config)
+    model = AutoModelForCausalLM.from_pretrained(unquantized, dtype="bfloat16")
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=[], target_parameters=targets))
+    for place, (name, parameter) in enumerate(peft.named_parameters()):
+        if "lora_" in name:
+            parameter.data = random(*parameter.shape, seed=place)
+    peft.save_pretrained(tmp_path / "adapter")
+    tensors, receipt = merged(source, tmp_path / "adapter", tmp_path / "out")
+    expected, _ = merged(unquantized, tmp_path / "adapter", tmp_path / "expected")
+    assert facts_of(receipt, f"{experts}.gate_up_proj")["action"] == "folded"
+    assert set(tensors) == set(expected)
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert not torch.equal(tensors[f"{experts}.down_proj"], plain[f"{experts}.down_proj"])
+    with pytest.raises(CordaConvertError, match="is stored as mxfp4: --requantize is for fp8"):
+        merged(source, tmp_path / "adapter", tmp_path / "kept", requantize=True)
