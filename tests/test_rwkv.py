@@ -355,6 +355,26 @@ def test_a_single_pth_becomes_one_of_the_same_name(tmp_path: Path) -> None:
     assert "library_name: pytorch" in card
 
 
+def test_a_pt_keeps_its_suffix_and_a_bin_becomes_safetensors(tmp_path: Path) -> None:
+    adapter, _ = lora_file(tmp_path / "rwkv-0.pth")
+    for name, made in (("base.pt", "base.pt"), ("base.bin", "model.safetensors")):
+        base = write_base(tmp_path).rename(tmp_path / name)
+        merge(base, adapter=adapter, output=tmp_path / f"out-{name}", options=MergeOptions(alpha=8))
+        assert (tmp_path / f"out-{name}" / made).is_file()
+        assert f'("{made}"' in (tmp_path / f"out-{name}" / "README.md").read_text(encoding="utf-8")
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    adapter, _ = lora_file(tmp_path / "rwkv-0.pth")
+    with pytest.raises(CordaConvertError, match=r"Unknown format 'gguf'\.\nChoose one of safetensors, pth\."):
+        merge(
+            write_base(tmp_path),
+            adapter=adapter,
+            output=tmp_path / "out",
+            options=MergeOptions(alpha=8, format="gguf"),  # type: ignore[arg-type]
+        )
+
+
 def test_the_format_can_be_chosen(tmp_path: Path, done: Callable[..., Any]) -> None:
     base = write_base(tmp_path)
     adapter, _ = lora_file(tmp_path / "rwkv-0.pth")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from corda_convert.checkpoint.folder import Checkpoint
 from corda_convert.checkpoint.torch_archive import SUFFIXES
+from corda_convert.errors import UnsupportedInput
 from corda_convert.operations.production import as_one_archive
 from corda_convert.output.model_card import Card
 from corda_convert.plan.model import OutputFileSpec
@@ -33,19 +35,27 @@ class Formatted:
 def in_format(
     files: tuple[OutputFileSpec, ...], checkpoint: Checkpoint, card: Card, wanted: WeightFormat | None
 ) -> Formatted:
-    """The safetensors files, or one `.pth` in their place: by default for a model that is one `.pth` itself, under its name."""
-    is_pth = checkpoint.root.is_file() and checkpoint.root.suffix in SUFFIXES
-    if (wanted or ("pth" if is_pth else "safetensors")) == "pth":
-        name = f"{checkpoint.root.stem}.pth" if checkpoint.root.is_file() else "model.pth"
-        return Formatted(as_one_archive(files, name), None, _loaded_by_hand(card, _TORCH_SNIPPET.format(name=name)))
-    if is_pth:
-        card = _loaded_by_hand(card, _SAFETENSORS_SNIPPET.format(name=files[0].name))
+    """The safetensors files, or one `.pth` in their place: by default for a model that is one `.pth` itself, under its name.
+
+    Raises `UnsupportedInput` for another format.
+    """
+    if wanted not in (None, *get_args(WeightFormat)):
+        raise UnsupportedInput(
+            f"Unknown format {wanted!r}.", next_step=f"Choose one of {', '.join(get_args(WeightFormat))}."
+        )
+    root = checkpoint.root
+    is_pth = root.is_file() and root.suffix in SUFFIXES
+    if wanted == "pth" or (wanted is None and is_pth):
+        name = root.name if is_pth else f"{root.stem if root.is_file() else 'model'}.pth"
+        return Formatted(as_one_archive(files, name), None, _loaded_by_hand(card, _TORCH_SNIPPET, name))
+    if checkpoint.config is None and len(files) == 1:
+        card = _loaded_by_hand(card, _SAFETENSORS_SNIPPET, files[0].name)
     return Formatted(files, checkpoint.index_metadata, card)
 
 
-def _loaded_by_hand(card: Card, snippet: str) -> Card:
-    return replace(card, snippet=snippet, library_name="pytorch")
+def _loaded_by_hand(card: Card, snippet: str, name: str) -> Card:
+    return replace(card, snippet=snippet.format(name=json.dumps(name, ensure_ascii=False)), library_name="pytorch")
 
 
-_TORCH_SNIPPET = 'import torch\n\nweights = torch.load("{name}", map_location="cpu", weights_only=True)'
-_SAFETENSORS_SNIPPET = 'from safetensors.torch import load_file\n\nweights = load_file("{name}")'
+_TORCH_SNIPPET = 'import torch\n\nweights = torch.load({name}, map_location="cpu", weights_only=True)'
+_SAFETENSORS_SNIPPET = "from safetensors.torch import load_file\n\nweights = load_file({name})"
