@@ -2,7 +2,7 @@
 
 Threads pass slots of reused buffers along queues: the reader fills a slot with `pread`, workers run the transforms'
 steps (on a CPU one worker for each core, each on one thread), the writer writes in the order of reading, and the hasher
-follows it. Runs of untouched bytes are copied by the kernel. What the plan promised in memory is what is allocated: a
+follows it. Runs of untouched bytes are copied by the kernel, beside all that. What the plan promised in memory is what is allocated: a
 slot is the only place where tensors wait.
 """
 
@@ -16,7 +16,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -111,10 +111,14 @@ class _Running:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """One piece of work with its place in the order of writing: a chunk in its slot, or a copy, which has none."""
+    """One piece of work with its place in the order of writing: a chunk in its slot, or a copy, which has none.
+
+    `copied` is set once the copy has been made.
+    """
 
     place: int
     copy: CopyJob | None = None
+    copied: threading.Event = field(default_factory=threading.Event)
     running: _Running | None = None
     chunk: Chunk | None = None
     slot: _Slot | None = None
@@ -142,6 +146,7 @@ class _Run:
         self.ended = threading.Semaphore(0)  # waited on instead of `join`, which, interrupted, takes a thread for dead
         self.free: queue.Queue[_Slot | None] = queue.Queue()
         self.read: queue.Queue[_Work | None] = queue.Queue(maxsize=plan.slots + 1)
+        self.copies: queue.Queue[_Work | None] = queue.Queue()
         self.computed: queue.Queue[_Work | None] = queue.Queue(maxsize=plan.slots + 1)
         self.written: queue.Queue[_Work | None] = queue.Queue(maxsize=plan.slots + 1)
         self.writers: dict[str, ShardWriter] = {}
@@ -153,12 +158,14 @@ class _Run:
         self.records: list[FileRecord] = []
         self.seconds = {"read": 0.0, "compute": 0.0, "write": 0.0, "hash": 0.0}
         self.seconds_lock = threading.Lock()
+        self.progress_lock = threading.Lock()
         for _ in range(plan.slots):
             self.free.put(None)  # a slot is allocated when it is first needed
 
     def run(self) -> RunRecord:
         begun = time.perf_counter()
-        loops = [self._read_all, *[self._compute_all] * self.plan.workers, self._write_all, self._hash_all]
+        workers = [self._compute_all] * self.plan.workers
+        loops = [self._read_all, *workers, self._copy_all, self._write_all, self._hash_all]
         threads = [
             threading.Thread(target=self._guard, args=(loop,), name=loop.__name__, daemon=True) for loop in loops
         ]
@@ -225,9 +232,11 @@ class _Run:
         place = itertools.count()
         for job in self.plan.jobs:
             if isinstance(job, CopyJob):
+                work = _Work(next(place), copy=job)
+                self.copies.put(work)
                 with self._busy("read"):
                     self._digest_source(job)
-                self._give(self.read, _Work(next(place), copy=job))
+                self._give(self.read, work)
                 continue
             running = _Running(job)
             for chunk in job.chunks:
@@ -235,6 +244,7 @@ class _Run:
                 with self._busy("read"):
                     self._fill(slot, chunk)
                 self._give(self.read, _Work(next(place), running=running, chunk=chunk, slot=slot))
+        self.copies.put(None)
         for _ in range(self.plan.workers):
             self._give(self.read, None)
         with self._busy("read"):
@@ -311,6 +321,18 @@ class _Run:
             if running.left == 0:
                 self.facts[running.job.name] = {"action": running.job.transform.action, **running.session.facts()}
 
+    def _copy_all(self) -> None:
+        """Makes the copies beside everything else: they need no slot, and only the hasher waits for them."""
+        while (work := self._take(self.copies)) is not None:
+            if (job := work.copy) is None:
+                continue
+            writer = self.writers[job.file_name]
+            with self._busy("write"):
+                for begin, nbytes in self._pieces(job):
+                    writer.copy(job.offset + begin, job.source.descriptor, job.source_offset + begin, nbytes)
+                    self._advance(job.names[0], nbytes)
+            work.copied.set()
+
     def _write_all(self) -> None:
         for work in self._in_order():
             with self._busy("write"):
@@ -321,6 +343,9 @@ class _Run:
     def _hash_all(self) -> None:
         """Hashes what was written, behind the writer, and gives the slots back."""
         while (work := self._take(self.written)) is not None:
+            while work.copy is not None and not work.copied.wait(timeout=0.1):
+                if self.stop.is_set():
+                    raise _Stopped
             with self._busy("hash"):
                 self._hash(work)
             if work.slot is not None:
@@ -342,15 +367,13 @@ class _Run:
                 place += 1
 
     def _write(self, work: _Work) -> None:
-        if work.copy is not None:
-            for begin, nbytes in self._pieces(work.copy):
-                job = work.copy
-                writer = self.writers[job.file_name]
-                writer.copy(job.offset + begin, job.source.descriptor, job.source_offset + begin, nbytes)
-                self.progress(job.names[0], nbytes)
         for write, view in _written(work):
             self.writers[write.file_name].write(write.offset, _memory(view))
-            self.progress(write.tensor, write.nbytes)
+            self._advance(write.tensor, write.nbytes)
+
+    def _advance(self, name: str, nbytes: int) -> None:
+        with self.progress_lock:
+            self.progress(name, nbytes)
 
     def _hash(self, work: _Work) -> None:
         if work.copy is not None:

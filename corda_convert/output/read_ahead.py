@@ -6,6 +6,7 @@ It also brings the bytes into the page cache. The engine goes on from where it s
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import threading
 from collections.abc import Sequence
@@ -49,14 +50,15 @@ class ReadAhead:
         return {path: digest for path, digest in self._digests.items() if digest.position}
 
     def _run(self) -> None:
-        buffer = memoryview(bytearray(PIECE_BYTES))
-        left = self._most_bytes
-        for path in self._paths:
-            with contextlib.suppress(OSError), path.open("rb", buffering=0) as stream:
-                digest = self._digests[path] = SequentialDigest(os.fstat(stream.fileno()).st_size)
-                while not self._stopping.is_set() and left > 0 and (count := stream.readinto(buffer)):
-                    digest.update(digest.position, buffer[:count])
-                    left -= count
+        with mmap.mmap(-1, PIECE_BYTES) as memory, memoryview(memory) as buffer:  # given back at once at the end
+            left = self._most_bytes
+            for path in self._paths:
+                with contextlib.suppress(OSError), path.open("rb", buffering=0) as stream:
+                    digest = self._digests[path] = SequentialDigest(os.fstat(stream.fileno()).st_size)
+                    while not self._stopping.is_set() and left > 0 and (count := stream.readinto(buffer)):
+                        with buffer[:count] as piece:
+                            digest.update(digest.position, piece)
+                        left -= count
 
 
 def _spare_memory() -> int:
