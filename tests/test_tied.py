@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from building import lora_config, write_adapter
+from building import lora_config, write_adapter, write_checkpoint, write_lora
 from families import DECODER, tiny
 from peft import LoraConfig, PeftConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from corda_convert import RunOptions, merge
+from corda_convert import MergeOptions, RunOptions, merge
 from corda_convert.errors import CordaConvertError
+from corda_convert.linalg.fp8 import quantize_blocks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -629,3 +630,26 @@ def test_t5_with_tied_lora_computes_what_was_trained(tmp_path: Path) -> None:
         "encoder.embed_tokens.weight",
         "decoder.embed_tokens.weight",
     }
+
+
+@pytest.mark.parametrize("requantize", [False, True])
+def test_an_fp8_model_with_a_tied_head_is_untied(requantize: bool, tmp_path: Path) -> None:
+    base, output = tmp_path / "base", tmp_path / "out"
+    model_of("llama_tied").to(torch.bfloat16).save_pretrained(base)
+    stored = tensors(base)
+    for name in [name for name in stored if name.endswith("_proj.weight")]:
+        codes, scales = quantize_blocks(stored[name].float(), (16, 16), torch.float32)
+        stored |= {name: codes.contiguous(), f"{name}_scale_inv": scales}
+    quantization = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
+    write_checkpoint(base, stored, config=config_of(base) | {"quantization_config": quantization})
+    adapter = write_lora(tmp_path / "adapter", {"lm_head": (64, 32)}, rank=4)
+    merge(base, adapter=adapter, output=output, options=MergeOptions(requantize=requantize))
+    written, factors = tensors(output), load_file(adapter / "adapter_model.safetensors")
+    A, B = (factors[f"base_model.model.lm_head.lora_{side}.weight"].double() for side in "AB")
+    embedding = stored["model.embed_tokens.weight"]
+    assert torch.equal(written["model.embed_tokens.weight"], embedding)
+    assert torch.equal(written["lm_head.weight"], (embedding.double() + 2 * B @ A).to(torch.bfloat16))
+    config = config_of(output)
+    assert config["tie_word_embeddings"] is False
+    assert ("quantization_config" in config) == requantize
+    assert (written["model.layers.0.mlp.up_proj.weight"].dtype == torch.float8_e4m3fn) == requantize
