@@ -365,7 +365,7 @@ def test_a_residual_with_its_initial_adapter_stands_for_that(tmp_path: Path) -> 
         (("--adapter", ADAPTERS / "corda", "--residual", MODEL),
          "corda was not trained beside model: its B·A repeats "),
         (("--adapter", ADAPTERS / "lora", "--residual", "ALONE"),
-         "lora was not trained beside residual: what the model has more than residual does not lie where its B·A does"),
+         "lora was not trained beside residual: what the model has more than residual is not what its B·A began with"),
         (("--adapter", ADAPTERS / "corda", "--residual", RESIDUAL, "--init", RESIDUAL / "corda_init"),
          "--init and --residual tell the same.\nGive --init alone."),
         (("--adapter", ADAPTERS / "corda", "--residual", "ALONE", "--scale", "0.5"),
@@ -384,6 +384,22 @@ def test_a_residual_that_does_not_fit_is_refused(
     alone = residual_alone(tmp_path / "residual")
     given = [alone if argument == "ALONE" else argument for argument in arguments]
     assert refusal("merge", MODEL, *given).startswith(message)
+
+
+def test_a_residual_whose_difference_from_the_base_is_another_is_refused(refusal: Refusal, tmp_path: Path) -> None:
+    """Its weights have nothing to do with the adapter, like those of a residual; but the base less them neither."""
+    alone = residual_alone(tmp_path / "residual")
+    for path in alone.glob("model*.safetensors"):
+        flipped = {name: tensor.flip(0).contiguous() for name, tensor in load_file(path).items()}
+        save_file(flipped, path, {"format": "pt"})
+    message = refusal("merge", MODEL, "--adapter", ADAPTERS / "corda", "--residual", alone)
+    assert message.startswith(
+        "corda was not trained beside residual: what the model has more than residual is not what its B·A began with (med"
+    )
+    assert message.endswith(
+        "The residual, the base and the adapter are not of one training.\n"
+        "Give the residual model that the training loaded."
+    )
 
 
 def test_a_residual_beside_a_residual_is_refused(refusal: Refusal) -> None:

@@ -161,7 +161,7 @@ def test_the_fixed_order_is_by_content_and_not_by_name(model: Path, tmp_path: Pa
             write_adapter(folder / name, tensors, lora_config(3))
             for name, tensors in zip(names, (first, second, third), strict=True)
         ]
-        merge(model, adapter=adapters, output=folder / "out")
+        merge(model, adapter=sorted(adapters), output=folder / "out")
         outputs.append(weight_bytes(folder / "out"))
     assert all(output == outputs[0] for output in outputs)
 
@@ -435,14 +435,16 @@ def test_a_warning_after_the_run_is_in_the_json_too(done: Callable[..., Any], ha
 
 
 @pytest.mark.parametrize(
-    ("losses", "expected"),
-    [([0.1, 0.1, 0.1], False), ([0.9, 0.1, 0.1], False), ([0.9, 0.9, 0.1], True), ([0.7], False), ([0.72], True),
-     ([], False)],
+    ("changes", "expected"),
+    [([(2, 0.1), (2, 0.1), (2, 0.1)], False), ([(2, 0.9), (2, 0.1), (2, 0.1)], False), ([(2, 0.7)], False),
+     ([(2, 0.72)], True), ([(9, 0.9), (1, 0.1), (1, 0.1)], True), ([(9, 0.1), (1, 0.9), (1, 0.9)], True), ([], False)],
 )  # fmt: skip
-def test_a_warning_needs_most_of_the_change_or_most_of_the_tensors(losses: list[float], expected: bool) -> None:
+def test_a_warning_needs_most_of_the_change_or_most_of_the_tensors(
+    changes: list[tuple[float, float]], expected: bool
+) -> None:
     tensors = [
-        {"name": f"t{place}", "dtype": "BF16", "delta_norm": 2.0, "rounding_norm": 2.0 * loss}
-        for place, loss in enumerate(losses)
+        {"name": f"t{place}", "dtype": "BF16", "delta_norm": delta, "rounding_norm": delta * loss}
+        for place, (delta, loss) in enumerate(changes)
     ]
     untouched = [{"name": "copied", "dtype": "BF16", "action": "copied"}]
     same = [{"name": "zero", "dtype": "BF16", "delta_norm": 0.0, "rounding_norm": 0.0}]
