@@ -99,6 +99,8 @@ class ParameterFactors(UsualChange):
         return alike.pop() if len(alike) == 1 else ()
 
     def for_target(self, target: Target) -> ParameterFactors:
+        if target.kind is None:
+            return self  # which parameter it is, only the model's class can tell
         experts = target.shape[0] if target.is_stack else 1
         return replace(self, parameter=target.name.rpartition(".")[2], experts=experts)
 
