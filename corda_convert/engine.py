@@ -2,8 +2,8 @@
 
 Threads pass slots of reused buffers along queues: the reader fills a slot with `pread`, workers run the transforms'
 steps (on a CPU one worker for each core, each on one thread), the writer writes in the order of reading, and the hasher
-follows it. Runs of untouched bytes are copied by the kernel, beside all that. What the plan promised in memory is what is allocated: a
-slot is the only place where tensors wait.
+follows it. Runs of untouched bytes are copied by the kernel, beside all that. What the plan promised in memory is what
+is allocated: a slot is the only place where tensors wait.
 """
 
 from __future__ import annotations
