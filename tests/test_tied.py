@@ -653,3 +653,31 @@ def test_an_fp8_model_with_a_tied_head_is_untied(requantize: bool, tmp_path: Pat
     assert config["tie_word_embeddings"] is False
     assert ("quantization_config" in config) == requantize
     assert (written["model.layers.0.mlp.up_proj.weight"].dtype == torch.float8_e4m3fn) == requantize
+
+
+def test_what_is_tied_inside_a_module_that_is_saved_whole_stays_so(tmp_path: Path) -> None:
+    """BERT's head has its bias twice, under two names of one tensor; its decoder is the embedding."""
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    model_of("bert_masked").double().save_pretrained(base)
+    expected = trained(base, adapter, LoraConfig(r=4, target_modules=["query"], modules_to_save=["cls"]))
+    merge(base, adapter=adapter, output=output)
+    assert distance(output, expected) <= 1e-9
+    assert "cls.predictions.decoder.weight" in tensors(output)
+
+
+def test_a_tied_head_is_found_by_its_older_name(tmp_path: Path) -> None:
+    """Adapters that were trained with transformers 4 name Gemma 3's modules as its checkpoints do."""
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    model_of("gemma3").double().save_pretrained(base)
+    expected = trained(base, adapter, LoraConfig(r=4, **targets("gemma3", "both")), save_embedding_layers=False)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    older = {
+        name.replace("model.language_model.", "language_model.model.").replace(
+            "model.lm_head", "model.language_model.lm_head"
+        ): t
+        for name, t in saved.items()
+    }
+    assert {name.split(".")[2] for name in older} == {"language_model"}
+    save_file(older, adapter / "adapter_model.safetensors", {"format": "pt"})
+    merge(base, adapter=adapter, output=output)
+    assert distance(output, expected) <= 1e-9
