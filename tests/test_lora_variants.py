@@ -661,7 +661,8 @@ def test_drawn_configurations_merge_with_the_bits_of_peft(
         assert worst_error(merged(base, adapter, folder / "nearest"), exact) < 5e-7
 
 
-def test_dora_beside_a_residual_merges_into_it_with_the_bits_of_peft(tmp_path: Path) -> None:
+def test_dora_beside_a_residual_merges_into_it_with_the_bits_of_peft_and_into_the_base(tmp_path: Path) -> None:
+    """`W + s·(BA − B₀A₀)` is what DoRA saw beside the residual, so its norms are of that."""
     base = write_checkpoint(tmp_path / "base")
     decompose(
         base, covariances=None, output=tmp_path / "residual", options=DecomposeOptions("ipm", rank=4, method="svd")
@@ -681,6 +682,9 @@ def test_dora_beside_a_residual_merges_into_it_with_the_bits_of_peft(tmp_path: P
     actual = load_file(tmp_path / "out" / "model.safetensors")
     assert actual.keys() == expected.keys()
     assert differing(actual, expected) == set()
+    merge(base, adapter=adapter, output=tmp_path / "on_base", options=MergeOptions(init=initial))
+    exact = peft_merged(tmp_path / "residual", adapter, torch.float64)
+    assert worst_error(load_file(tmp_path / "on_base" / "model.safetensors"), exact) < 5e-7
 
 
 def test_dora_trained_beside_a_residual_is_refused_on_the_base(refusal: Refusal, llama: Path, tmp_path: Path) -> None:
