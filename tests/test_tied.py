@@ -681,3 +681,30 @@ def test_a_tied_head_is_found_by_its_older_name(tmp_path: Path) -> None:
     save_file(older, adapter / "adapter_model.safetensors", {"format": "pt"})
     merge(base, adapter=adapter, output=output)
     assert distance(output, expected) <= 1e-9
+
+
+def test_an_adapter_that_was_trained_untied_keeps_both_of_its_weights(tmp_path: Path) -> None:
+    base, untied, adapter, output = (tmp_path / name for name in ("base", "untied", "adapter", "out"))
+    model_of("llama_tied").double().save_pretrained(base)
+    stored = tensors(base)
+    head = stored["model.embed_tokens.weight"] + 0.5
+    config = config_of(base) | {"tie_word_embeddings": False}
+    write_checkpoint(untied, stored | {"lm_head.weight": head}, config=config)
+    expected = trained(untied, adapter, LoraConfig(r=4, **targets("llama_tied", "both")))
+    merge(base, adapter=adapter, output=output)
+    assert distance(output, expected) <= 1e-9
+    assert config_of(output)["tie_word_embeddings"] is False
+
+
+def test_two_adapters_that_bring_different_weights_for_one_tensor_are_refused(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    model_of("llama_tied").save_pretrained(base)
+    for name, module in (("one", "embed_tokens"), ("two", "lm_head")):
+        trained(base, tmp_path / name, LoraConfig(r=4, target_modules=[module]))
+    both = [tmp_path / "one", tmp_path / "two"]
+    merge(base, adapter=both, output=tmp_path / "out")
+    saved = load_file(tmp_path / "two" / "adapter_model.safetensors")
+    saved["base_model.model.lm_head.base_layer.weight"] += 1
+    save_file(saved, tmp_path / "two" / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(CordaConvertError, match=r"with other values than an adapter before it"):
+        merge(base, adapter=both, output=tmp_path / "other")

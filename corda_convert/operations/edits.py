@@ -224,7 +224,9 @@ class _Collector:
         for place in target.places:
             part = parts[place.tensor_name]
             if target.name in self.names.shared and not is_own:
-                earlier = self.shared.bases.setdefault(target.name, part)
+                others = [self.shared.bases.get(name) for name in self.names.shared[target.name]]
+                earlier = next((base for base in others if base is not None and base.file is not part.file), part)
+                self.shared.bases.setdefault(target.name, part)
             else:
                 edit = self.edit(target, place)
                 earlier = edit.replacement = edit.replacement or part
