@@ -325,3 +325,51 @@ def test_nan_in_the_factors_of_experts_is_refused(refusal: Refusal, tmp_path: Pa
     assert refusal("merge", base, "--adapter", adapter).startswith(
         f"{key} in {adapter / 'adapter_model.safetensors'} holds NaN or Inf."
     )
+
+
+# Adapters of transformers 4, where every expert was a layer of its own: names, rank and alpha as trained
+
+OLD_NAMES = {
+    "qwen3_moe": ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj", "mlp.gate"),
+    "mixtral": (*(f"block_sparse_moe.experts.{{}}.w{part}" for part in (1, 2, 3)), "block_sparse_moe.gate"),
+    "olmoe": ("mlp.experts.{}.gate_proj", "mlp.experts.{}.down_proj", "self_attn.q_proj"),
+    "deepseek_v3": (
+        "mlp.experts.{}.up_proj",
+        "mlp.shared_experts.gate_proj",
+        "mlp.shared_experts.down_proj",
+        "mlp.gate",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", OLD_NAMES)
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_experts_that_were_layers_of_their_own_are_merged_with_their_own_scaling(
+    tmp_path: Path, family: str, use_rslora: bool
+) -> None:
+    base = saved(family, tmp_path / "base")
+    tensors = on_disk(tmp_path / "base")
+    modules = list(dict.fromkeys(f"model.layers.1.{name.format(e)}" for name in OLD_NAMES[family] for e in (0, 3)))
+    factors = {
+        f"base_model.model.{module}.lora_{side}.weight": torch.randn(*shape)
+        for module in modules
+        for side, shape in factor_shapes(tensors[f"{module}.weight"]).items()
+    }
+    options = {"target_modules": modules, "target_parameters": None, "use_rslora": use_rslora, "lora_alpha": 3}
+    write_adapter(tmp_path / "adapter", factors, config(None, **options))
+    merge(tmp_path / "base", adapter=tmp_path / "adapter", output=tmp_path / "output")
+    scaling = 3 / (2**0.5 if use_rslora else 2)
+    after = on_disk(tmp_path / "output")
+    for name, before in tensors.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        expected = before.double()
+        if f"{module}.lora_A.weight" in factors:
+            A, B = (factors[f"{module}.lora_{side}.weight"].double() for side in "AB")
+            expected = expected + scaling * B @ A
+        assert torch.allclose(after[name].double(), expected, atol=1e-5), name
+    assert sum(not torch.equal(after[name], tensors[name]) for name in tensors) == len(modules)
+    assert type(base).from_pretrained(tmp_path / "output").state_dict().keys() == base.state_dict().keys()
+
+
+def factor_shapes(weight: Tensor) -> dict[str, tuple[int, int]]:
+    return {"A": (2, weight.shape[1]), "B": (weight.shape[0], 2)}

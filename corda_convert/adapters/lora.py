@@ -80,6 +80,8 @@ class LoraFactors(UsualChange):
 
     def _layouts(self, target: Target) -> tuple[Layout, ...]:
         """How the matrix may lie. Raises one of our errors if the factors are for another type of module."""
+        if target.kind == "parameter" and target.is_plain and len(target.shape) == 2 and "linear" in self.kinds:
+            return ("out_in",)  # a router, which was a Linear in transformers 4
         if target.kind in ("other", "parameter"):
             raise UnsupportedInput(
                 f"{self.module_name} is no Linear, Conv1D, Embedding, convolution or MultiheadAttention."
