@@ -9,7 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from building import ADAPTERS, LINEARS, MODEL, RESIDUAL, UP, random, read_json, write_json, write_lora
+from building import (
+    ADAPTERS,
+    LINEARS,
+    LLAMA_CONFIG,
+    MODEL,
+    RESIDUAL,
+    UP,
+    llama_tensors,
+    lora_config,
+    random,
+    read_json,
+    write_adapter,
+    write_checkpoint,
+    write_json,
+    write_lora,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
@@ -19,8 +34,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from corda_convert import DecomposeOptions, MergeOptions, RunOptions, decompose, merge, to_lora
 from corda_convert.adapters import read_adapter
 from corda_convert.adapters.cache import read_cache
+from corda_convert.checkpoint.folder import read_checkpoint
 from corda_convert.checkpoint.tensors import read_rows, read_tensor
 from corda_convert.linalg import initial as algebra
+from corda_convert.operations.shares import difference_cosines
 
 Refusal = Callable[..., str]
 
@@ -193,6 +210,34 @@ def test_olora_on_conv1d_is_refused(refusal: Refusal, tmp_path: Path) -> None:
         "weight of Conv1D there.\n"
         "Give the initial adapter of the training with --init, or the residual with --residual."
     )
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_factors_of_a_weight_that_peft_makes_none_from_are_asked_for(
+    refusal: Refusal, method: str, tmp_path: Path
+) -> None:
+    module = "model.layers.0.mlp.up_proj"
+    weight = random(*LINEARS[module])
+    A, B = algebra.pissa(weight, 4, 2.0) if method == "pissa" else algebra.olora(weight, 4)
+    tensors = {f"base_model.model.{module}.lora_A.weight": A.contiguous(),
+               f"base_model.model.{module}.lora_B.weight": B.contiguous()}  # fmt: skip
+    adapter = write_adapter(tmp_path / "adapter", tensors, lora_config(init_lora_weights=method))
+    plain = llama_tensors() | {f"{module}.weight": weight.double()}
+    model = write_checkpoint(tmp_path / "model", plain)
+    asked = "Give the initial adapter of the training with --init, or the residual with --residual."
+    assert refusal("merge", model, "--adapter", adapter) == (
+        f"{module}: its initial {method} factors cannot be made again: PEFT makes none from float64 weights.\n{asked}"
+    )
+    scale = torch.ones(1, 1)
+    quantized = plain | {
+        f"{module}.weight": weight.to(torch.float8_e4m3fn), f"{module}.weight_scale_inv": scale
+    }  # fmt: skip
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    model = write_checkpoint(tmp_path / "fp8", quantized, config=LLAMA_CONFIG | {"quantization_config": config})
+    for options in ((), ("--requantize",)):
+        assert refusal("merge", model, "--adapter", adapter, *options) == (
+            f"{module}: its initial {method} factors cannot be made again: PEFT makes none from fp8 weights.\n{asked}"
+        )
 
 
 @pytest.mark.parametrize("method", ["pissa_niter_4", "corda", "lora_ga"])
@@ -428,6 +473,55 @@ def test_a_residual_of_other_tensors_is_refused(refusal: Refusal, tmp_path: Path
     index["weight_map"]["model.renamed"] = index["weight_map"].pop(name)
     write_json(alone / "model.safetensors.index.json", index)
     assert refusal(*arguments).startswith(f"residual has no {name}.\nIt is not the residual of this model.")
+
+
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+def test_cosines_with_a_difference_are_those_of_float64(layout: str, tmp_path: Path) -> None:
+    """At every third of 1000 inputs, where the weight is stored by its outputs; at the first 256 where by its inputs."""
+    shape = (300, 1000)
+    adapter = read_adapter(write_lora(tmp_path / "lora", {"up": shape}, rank=280))
+    (factors,) = adapter.modules
+    BA = read_tensor(factors.lora_B).double() @ read_tensor(factors.lora_A).double()
+    first, second = random(*shape, seed=1) + BA.float() / 20, random(*shape, seed=2)
+    inputs = slice(None, None, 3) if layout == "out_in" else slice(0, 256)
+    difference = (first - second).double()[:, inputs]
+    expected = float((difference * BA[:, inputs]).sum() / difference.norm() / BA[:, inputs].norm())
+    stored = [tensor if layout == "out_in" else tensor.T.contiguous() for tensor in (first, second)]
+    models = [
+        read_checkpoint(write_checkpoint(tmp_path / str(place), {"up.weight": tensor}, config=None))
+        for place, tensor in enumerate(stored)
+    ]
+    weights, others = ({"up": (model.tensors["up.weight"], layout)} for model in models)
+    assert difference_cosines(adapter, weights, others) == [pytest.approx(expected, rel=1e-4)]
+    assert difference_cosines(adapter, weights, weights) == [0.0]
+    assert 0.3 < expected < 0.7
+
+
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+def test_dora_trained_beside_a_residual_is_merged_into_the_base_with_its_initial_adapter(
+    mode: str, tmp_path: Path
+) -> None:
+    """`V = W_res + s·BA` of DoRA is `W + s·(BA − B₀A₀)`: nearly what PEFT makes of the residual in float32."""
+    run = RunOptions(dtype="float32")
+    decompose(MODEL, output=tmp_path / "residual", options=DecomposeOptions(mode=mode, rank=4, method="svd"), run=run)
+    init = tmp_path / "residual" / "corda_init"
+    write_json(init / "adapter_config.json", read_json(init / "adapter_config.json") | {"use_dora": True})
+    factors = load_file(init / "adapter_model.safetensors")
+    residual = weights(tmp_path / "residual")
+    for name in list(factors):
+        if name.endswith("lora_B.weight"):
+            module = name.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
+            whole = residual[f"{module}.weight"] + factors[name] @ factors[name.replace("lora_B", "lora_A")]
+            factors[name.replace("lora_B.weight", "lora_magnitude_vector")] = whole.norm(dim=1)
+    save_file(factors, init / "adapter_model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "residual", dtype=torch.float32)
+    peft = PeftModel.from_pretrained(model, str(init), is_trainable=True)
+    train(peft)
+    peft.save_pretrained(tmp_path / "adapter")
+    merge(MODEL, adapter=tmp_path / "adapter", output=tmp_path / "out", options=MergeOptions(init=init), run=run)
+    expected = dict(peft.merge_and_unload().state_dict())
+    for name, tensor in weights(tmp_path / "out").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
 
 
 # The residual from the base and the initial adapter

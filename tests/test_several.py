@@ -166,6 +166,17 @@ def test_the_fixed_order_is_by_content_and_not_by_name(model: Path, tmp_path: Pa
     assert all(output == outputs[0] for output in outputs)
 
 
+@pytest.mark.parametrize("adapter", ["lora_patterns", "miss_balance", "miss_mini", "miss_bat", "bone_bat"])
+def test_a_scale_goes_so_far_from_the_base_to_the_merged_model(adapter: str, tmp_path: Path) -> None:
+    run = RunOptions(dtype="float32")
+    merge(MODEL, adapter=ADAPTERS / adapter, output=tmp_path / "whole", run=run)
+    merge(MODEL, adapter=ADAPTERS / adapter, output=tmp_path / "part", options=MergeOptions(scales=(-0.3,)), run=run)
+    for name, tensor in weights(tmp_path / "part").items():
+        before, whole = weights(MODEL)[name].double(), weights(tmp_path / "whole")[name].double()
+        torch.testing.assert_close(tensor.double(), before - 0.3 * (whole - before), rtol=1e-6, atol=1e-6)
+    assert weight_bytes(tmp_path / "part") != weight_bytes(tmp_path / "whole")
+
+
 def test_taking_an_adapter_out_again_gives_the_base_back(model: Path, tmp_path: Path) -> None:
     adapter, copy = write_lora(tmp_path / "lora"), write_lora(tmp_path / "copy")
     merge(model, adapter=[adapter, copy], output=tmp_path / "out", options=MergeOptions(scales=(1, -1)))

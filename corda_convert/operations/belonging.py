@@ -125,7 +125,7 @@ def _check_part(
         own = {module: (residual.tensor(ref.name), layout) for module, (ref, layout) in weights.items()}
         evidence.check_residual(part.trained, weights, own, residual.name)
     elif method is not None and evidence.was_taken_from(part.trained, weights, model):
-        return reproductions(Applied(part.trained, part.scale), changes, method)
+        return reproductions(Applied(part.trained, part.scale), changes, method, model)
     else:
         evidence.check_plain(part.trained, weights, model, is_added=part.scale > 0)
     return {}

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal
 from corda_convert.adapters.dora import lora_factors
 from corda_convert.adapters.factors import Adapter, Layout
 from corda_convert.adapters.lora import LoraFactors
+from corda_convert.checkpoint.dequantized import stored_as
+from corda_convert.checkpoint.folder import Checkpoint
 from corda_convert.checkpoint.tensors import TensorRef, torch_dtype
 from corda_convert.errors import CordaConvertError, NotFinite, UnsupportedInput, raise_problems
 from corda_convert.operations.edits import Applied, Fitted
@@ -43,7 +45,7 @@ class Reproduction:
     scale: float
 
 
-def reproductions(one: Applied, fitted: Sequence[Fitted], method: Method) -> dict[str, Reproduction]:
+def reproductions(one: Applied, fitted: Sequence[Fitted], method: Method, model: Checkpoint) -> dict[str, Reproduction]:
     """For each weight that the adapter's training took factors out of, by tensor name, how. Raises all problems together.
 
     PEFT initializes embeddings of such an adapter plainly; they are left out.
@@ -54,7 +56,7 @@ def reproductions(one: Applied, fitted: Sequence[Fitted], method: Method) -> dic
         factors = next(iter(lora_factors([each.change])), None)
         if factors is None or factors.is_embedding:
             continue
-        problem = _problem(each, factors, method)
+        problem = _problem(each, factors, method, model)
         if problem is not None:
             problems.append(problem)
             continue
@@ -65,10 +67,13 @@ def reproductions(one: Applied, fitted: Sequence[Fitted], method: Method) -> dic
     return found
 
 
-def _problem(fitted: Fitted, factors: LoraFactors, method: Method) -> CordaConvertError | None:
+def _problem(fitted: Fitted, factors: LoraFactors, method: Method, model: Checkpoint) -> CordaConvertError | None:
     target = fitted.target
+    weight = model.tensors[target.tensor_name]
     reason = None
-    if not target.is_plain:
+    if stored_as(weight) is not None or weight.spec.dtype == "F64":
+        reason = f"PEFT makes none from {stored_as(weight) or 'float64'} weights"
+    elif not target.is_plain:
         reason = "its weight lies on disk in several tensors or in another form"
     elif len(target.shape) != 2 or factors.parameter != "weight":
         reason = "it is no Linear or Conv1D layer"
@@ -100,11 +105,6 @@ def _without_initial(produced: Produced, initials: tuple[Reproduction, ...]) -> 
     modules = {initial.module_name for initial in initials}
     if not isinstance(fold, FoldTransform) or not modules & {placed.change.module_name for placed in fold.changes}:
         return produced
-    if fold.weight.spec.dtype == "F64":
-        raise UnsupportedInput(
-            f"{fold.weight.name} is F64: PEFT makes initial factors from float32, bfloat16 and float16 only.",
-            next_step="Give the initial adapter of the training with --init.",
-        )
     return Produced(produced.spec, ReproduceTransform(fold, initials))
 
 
