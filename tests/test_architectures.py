@@ -127,15 +127,18 @@ def test_lora_on_an_embedding_rounds_once_or_as_peft_does(tmp_path: Path) -> Non
     assert float((once == exact.to(torch.bfloat16)).double().mean()) > 0.999
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("save_embeddings", ["auto", True, False])
-def test_embeddings_that_peft_saves_along_take_the_place_of_the_models(save_embeddings: object, tmp_path: Path) -> None:
+def test_embeddings_that_peft_saves_along_take_the_place_of_the_models(
+    save_embeddings: object, dtype: torch.dtype, tmp_path: Path
+) -> None:
     """PEFT's default saves the whole weight of an adapted embedding or head beside its factors."""
     base = tmp_path / "llama"
     tiny("llama").to(torch.bfloat16).save_pretrained(base)
     config = LoraConfig(r=4, lora_alpha=6, target_modules=["embed_tokens", "lm_head", "q_proj"])
-    model = AutoModelForCausalLM.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     if save_embeddings:
-        model.lm_head.weight.data += 0.5  # trained elsewhere, then saved along
+        model.lm_head.weight.data += 0.4321  # trained elsewhere, then saved along
     adapter = trained_adapter(model, config, tmp_path / "adapter", save_embeddings)
     saved = load_file(adapter / "adapter_model.safetensors")
     assert ("base_model.model.lm_head.base_layer.weight" in saved) == bool(save_embeddings)

@@ -279,7 +279,8 @@ def _produce(name: str, edit: Edit, names: NameMap, dtype: str | None, rounding:
     transform: Transform
     if edit.changes:
         matrix = weight.reshaped(_matrix(edit, names))
-        transform = FoldTransform(matrix, tuple(edit.changes), target, rounding)
+        replaced = written_dtype(stored) if edit.replacement is not None else None
+        transform = FoldTransform(matrix, tuple(edit.changes), target, rounding, model_dtype=replaced)
     elif edit.replacement is not None:
         transform = CastTransform(edit.replacement, target, action="replaced")
     elif target != stored.spec.dtype:

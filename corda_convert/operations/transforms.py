@@ -56,6 +56,7 @@ class FoldTransform:
         dtype: the output's.
         rounding: see `Rounding`.
         precision: dtype of the computation, F64 at least where weight or output have it.
+        model_dtype: dtype of the model's own tensor, where the adapter brings along another in its place.
     """
 
     weight: TensorRef
@@ -63,6 +64,7 @@ class FoldTransform:
     dtype: str
     rounding: Rounding = "nearest"
     precision: Literal["F32", "F64"] = "F32"
+    model_dtype: str | None = None
 
     action = "folded"
 
@@ -164,7 +166,7 @@ class _FoldSession:
             first, stop = swept.row + begin, swept.row + end
             inputs = {name: read_rows(ref, first, stop) for name, ref in self.transform.streamed.items()}
             streamed = self._on_device({name: tensor for name, tensor in inputs.items() if name != "weight"})
-            rows = self._on_device({"weight": inputs["weight"]})["weight"]
+            rows = self._loaded(self._on_device({"weight": inputs["weight"]})["weight"])
             for earlier in range(place):
                 self._fold(earlier, rows, first, streamed)
             fold.sweep(rows, begin, self._operands_of(place, streamed))
@@ -188,7 +190,7 @@ class _FoldSession:
 
         stored = inputs["weight"]
         streamed = self._on_device({name: tensor for name, tensor in inputs.items() if name != "weight"})
-        rows = self._copied("rows", stored)
+        rows = self._loaded(self._copied("rows", stored))
         weight_square = _square(rows)
         rows, delta_square = self._folded(rows, first_row, streamed)
         if not isfinite(delta_square) or not isfinite(weight_square):
@@ -203,6 +205,12 @@ class _FoldSession:
         if not isfinite(rounding_square) or (output.dtype == torch.float16 and not bool(torch.isfinite(output).all())):
             raise _overflow(self.transform.weight.name, self.transform.dtype)
         self.squares.append((weight_square, delta_square, rounding_square))
+
+    def _loaded(self, rows: Tensor) -> Tensor:
+        """The rows as PEFT has them before it merges: a weight that comes with the adapter in the model's own dtype."""
+        if self.transform.rounding == "nearest" or self.transform.model_dtype is None:
+            return rows
+        return rows.copy_(rows.to(torch_dtype(self.transform.model_dtype)))
 
     def _copied(self, name: str, tensor: Tensor) -> Tensor:
         """A copy on the device in the dtype of the computation, in a buffer of this thread."""
@@ -247,7 +255,7 @@ class _FoldSession:
         """Rounds to the stored dtype after each change, and where PEFT does so the change itself before."""
         import torch
 
-        stored = torch_dtype(self.transform.weight.spec.dtype)
+        stored = torch_dtype(self.transform.model_dtype or self.transform.weight.spec.dtype)
         if not rounds_delta:
             square = fold.fold(rows, first, operands)
         else:
