@@ -285,7 +285,9 @@ def test_a_quantized_model_is_not_cast(refusal: Refusal, tmp_path: Path) -> None
     config = read_json(model / "config.json") | {"quantization_config": {"quant_method": "fp8"}}
     (model / "config.json").write_text(json.dumps(config))
     message = refusal("merge", model, "--adapter", write_lora(tmp_path / "lora"), "--dtype", "float32")
-    assert "is quantized (quantization_config in its config.json)" in message
+    assert "is said to be quantized with fp8, but none of its tensors is" in message
+    arguments = ("--method", "svd", "--mode", "ipm", "--rank", 4, "--dtype", "float32")
+    assert "is quantized (quantization_config in its config.json)" in refusal("decompose", model, *arguments)
 
 
 def test_nan_in_a_tensor_that_to_lora_carries_is_refused(refusal: Refusal, tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def _factors(source: AdapterSource, name: str, module: _Module, rank: int, scali
             why="PEFT cannot merge it either.",
         )
     fits = len(A.shape) >= 2 and A.shape[0] == rank and B.shape[1:] == (rank, *(1 for _ in kernel))
-    if not fits or 0 in (*A.shape, *B.shape):
+    if not fits:
         raise AdapterMismatch(
             f"{source.name}: {name} has lora_A {A.shape} and lora_B {B.shape}; {CONFIG_FILE} says rank {rank}, so "
             f"({rank}, d_in) and (d_out, {rank}) were expected.",
