@@ -16,7 +16,9 @@ from building import (
     UP,
     covariance,
     covariance_tensors,
+    lora_config,
     random,
+    write_adapter,
     write_checkpoint,
     write_covariances,
     write_lora,
@@ -28,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from corda_convert import MergeOptions, merge
 from corda_convert.adapters import read_adapter
 from corda_convert.adapters.factors import Adapter
 from corda_convert.checkpoint.covariances import read_covariances
@@ -412,6 +415,29 @@ def test_a_substitution_that_takes_two_modules_to_one_tensor_is_none(tmp_path: P
     names = map_of(tmp_path, "layers.0.fc")
     placements, missing = placed(names, "a.layers.0.fc", "b.layers.0.fc")
     assert (placements, missing) == ({}, ["a.layers.0.fc", "b.layers.0.fc"])
+
+
+def test_one_prefix_is_substituted_for_weights_and_biases_alike(tmp_path: Path) -> None:
+    tensors = {"old.0.fc.weight": random(4, 6), "old.0.fc.bias": random(4), "head.bias": random(4)}
+    model = write_checkpoint(tmp_path / "model", tensors, config=None)
+    A, B, b = random(4, 6, seed=1), random(4, 4, seed=2), random(4, seed=3)
+    key = "base_model.model.model.layers.0.fc.lora_"
+    factors = {f"{key}A.weight": A, f"{key}B.weight": B, f"{key}B.bias": b}
+    adapter = write_adapter(tmp_path / "lora", factors, lora_config(lora_bias=True))
+    merge(model, adapter=adapter, output=tmp_path / "output", options=MergeOptions(as_is=True))
+    merged = load_file(tmp_path / "output" / "model.safetensors")
+    assert torch.allclose(merged["old.0.fc.weight"], tensors["old.0.fc.weight"] + 2 * B @ A, atol=1e-5)
+    assert torch.allclose(merged["old.0.fc.bias"], tensors["old.0.fc.bias"] + 2 * b, atol=1e-5)
+    assert torch.equal(merged["head.bias"], tensors["head.bias"])
+
+
+def test_a_parameter_with_several_names_takes_the_prefix_with_the_first_that_is_there(tmp_path: Path) -> None:
+    tensors = {"old.a.weight": random(4, 6), "old.b.kernel": random(4, 6), "old.b.bias": random(4)}
+    names = NameMap(read_checkpoint(write_checkpoint(tmp_path / "model", tensors, config=None)), None)
+    found = names.find([["new.a.weight"], ["new.b.weight", "new.b.kernel"], ["new.b.bias"]])
+    assert [target and target.tensor_name for target in found] == ["old.a.weight", "old.b.kernel", "old.b.bias"]
+    assert names.find([["new.a.weight"], ["new.b.weight"]]) == [None, None]
+    assert names.find([["new.a.weight"], []]) == [None, None]
 
 
 def test_a_square_weight_of_unknown_orientation_is_refused(tmp_path: Path) -> None:

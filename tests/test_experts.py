@@ -10,7 +10,7 @@ import torch
 from building import read_json, write_adapter, write_checkpoint, write_json
 from families import tiny
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -373,3 +373,22 @@ def test_experts_that_were_layers_of_their_own_are_merged_with_their_own_scaling
 
 def factor_shapes(weight: Tensor) -> dict[str, tuple[int, int]]:
     return {"A": (2, weight.shape[1]), "B": (weight.shape[0], 2)}
+
+
+@pytest.mark.parametrize("is_old", [True, False])
+def test_experts_of_a_stack_that_is_not_whole_are_refused_with_the_reason(
+    refusal: Refusal, tmp_path: Path, is_old: bool
+) -> None:
+    tiny("qwen3_moe").save_pretrained(tmp_path / "base")
+    tensors = on_disk(tmp_path / "base")
+    del tensors[f"{MOE}.experts.1.up_proj.weight"]
+    save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    module = f"{MOE}.experts.0.gate_proj" if is_old else f"{MOE}.experts"
+    targets = None if is_old else ["mlp.experts.gate_up_proj"]
+    r, d_out = (2, 24) if is_old else (8, 48)
+    key = f"base_model.model.{module}.lora_"
+    factors = {f"{key}A.weight": torch.ones(r, 32), f"{key}B.weight": torch.ones(d_out, r)}
+    adapter = write_adapter(tmp_path / "adapter", factors, config("0.21.2", target_parameters=targets))
+    message = refusal("merge", tmp_path / "base", "--adapter", adapter)
+    assert message.startswith(f"1 of 1 adapted modules find no weight in base: {module}")
+    assert f"transformers loads it into {MOE}.experts.gate_up_proj with MergeModulelist, Concatenate: " in message
