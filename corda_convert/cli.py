@@ -163,8 +163,8 @@ def decompose(model: Path, covariances: Path | None, **options: Any) -> None:
     "adapters",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Folder of a trained adapter, or RWKV-PEFT's .pth; repeatable, and the order does not matter unless one is DoRA "
-    "or bat.",
+    help="Folder of a trained adapter, or RWKV-PEFT's .pth; repeatable. The order does not matter but for DoRA, bat and "
+    "--rounding peft.",
 )
 @click.option(
     "--scale",
@@ -184,7 +184,8 @@ def decompose(model: Path, covariances: Path | None, **options: Any) -> None:
 @click.option(
     "--residual",
     type=click.Path(path_type=Path),
-    help="Residual model that the adapter was trained beside, to merge into the base where --init is lost.",
+    help="Residual model that the adapter was trained beside, to merge into the base where --init is lost. A "
+    "corda_init in it is taken for --init.",
 )
 @click.option(
     "--subtract",
@@ -209,7 +210,11 @@ def decompose(model: Path, covariances: Path | None, **options: Any) -> None:
     is_flag=True,
     help="Keep a block-fp8 MODEL fp8, and quantize what changes again. [default: the output has plain weights]",
 )
-@click.option("--as-is", is_flag=True, help="Do not ask whether the adapter belongs on a residual.")
+@click.option(
+    "--as-is",
+    is_flag=True,
+    help="Do not judge by the numbers whether adapters, initial adapters and MODEL belong together.",
+)
 @run_options
 def merge(model: Path, adapters: tuple[Path, ...], **options: Any) -> None:
     """Fold trained adapters into MODEL's weights, or take an initial adapter out of them.

@@ -240,6 +240,18 @@ def test_factors_of_a_weight_that_peft_makes_none_from_are_asked_for(
         )
 
 
+def test_initial_factors_of_parameters_are_refused(refusal: Refusal, tmp_path: Path) -> None:
+    modules = {name: LINEARS[name] for name in (UP, UP.replace("up_proj", "gate_proj"))}
+    config = {"target_modules": ["up_proj"], "target_parameters": ["gate_proj.weight"], "peft_version": "0.21.2"}
+    adapter = write_lora(tmp_path / "adapter", modules, **config)
+    model = write_checkpoint(tmp_path / "model")
+    assert refusal("merge", model, "--adapter", adapter, "--init", adapter) == (
+        "adapter adapts model.layers.1.mlp.gate_proj.weight by target_parameters; initial factors are taken out of modules "
+        "only.\n"
+        "Merge it into the residual that it was trained beside."
+    )
+
+
 @pytest.mark.parametrize("method", ["pissa_niter_4", "corda", "lora_ga"])
 def test_factors_that_do_not_follow_from_the_base_are_asked_for(refusal: Refusal, method: str, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", torch.float32)

@@ -9,10 +9,11 @@ from pathlib import Path
 from corda_convert.adapters import read_adapter
 from corda_convert.adapters.cache import read_cache
 from corda_convert.adapters.dora import DoraFactors, lora_factors
+from corda_convert.adapters.experts import ParameterFactors
 from corda_convert.adapters.factors import Adapter, ParameterChange
 from corda_convert.adapters.lora import LoraFactors
 from corda_convert.adapters.rwkv import read_rwkv_initial
-from corda_convert.errors import AdapterMismatch, CordaConvertError, raise_problems, some
+from corda_convert.errors import AdapterMismatch, CordaConvertError, UnsupportedInput, raise_problems, some
 
 
 def read_initial(path: Path, adapter: Adapter) -> Adapter:
@@ -30,13 +31,21 @@ def read_initial(path: Path, adapter: Adapter) -> Adapter:
 def with_initial(adapter: Adapter, initial: Adapter) -> Adapter:
     """The adapter with the initial factors of each module, for `s·(BA − B₀A₀)`.
 
-    Raises `AdapterMismatch` unless both have the same modules, shapes and scaling.
+    Raises `AdapterMismatch` unless both have the same modules, shapes and scaling; `UnsupportedInput` for factors of
+    parameters.
     """
     for one in (adapter, initial):
         if one.kind != "lora":
             raise AdapterMismatch(
                 f"--init is for LoRA adapters trained beside a residual; {one.source.name} is {one.kind}.",
                 next_step="Leave out --init.",
+            )
+        parameters = [change.module_name for change in one.modules if isinstance(change, ParameterFactors)]
+        if parameters:
+            raise UnsupportedInput(
+                f"{one.source.name} adapts {some(parameters)} by target_parameters; initial factors are taken out of modules "
+                "only.",
+                next_step="Merge it into the residual that it was trained beside.",
             )
     before, after = ({each.module_name: each for each in lora_factors(one.modules)} for one in (initial, adapter))
     if before.keys() != after.keys():
