@@ -1,12 +1,14 @@
 """LoRA on parameters: experts in stacks and routers, their nesting, orientation and patterns, against PEFT and float64."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from building import read_json, write_adapter, write_checkpoint, write_json
 from families import tiny
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,7 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from corda_convert import MergeOptions, merge
+import corda_convert.adapters.experts as experts_module
+from corda_convert import MergeOptions, RunOptions, merge
+from corda_convert.checkpoint.safetensors_file import SafetensorsFile
+from corda_convert.plan.model import Plan
 
 Refusal = Callable[..., str]
 
@@ -392,3 +397,61 @@ def test_experts_of_a_stack_that_is_not_whole_are_refused_with_the_reason(
     message = refusal("merge", tmp_path / "base", "--adapter", adapter)
     assert message.startswith(f"1 of 1 adapted modules find no weight in base: {module}")
     assert f"transformers loads it into {MOE}.experts.gate_up_proj with MergeModulelist, Concatenate: " in message
+
+
+# Memory and reading
+
+
+def plan_of(tmp_path: Path, experts: int) -> Plan:
+    model = transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(
+            hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+            head_dim=8, vocab_size=64, num_local_experts=experts, num_experts_per_tok=2,
+        )
+    ).to(torch.bfloat16)  # fmt: skip
+    model.save_pretrained(tmp_path / f"base-{experts}")
+    width = 8 * experts
+    key = f"base_model.model.{MOE}.experts"
+    factors = {f"{key}.lora_A.weight": torch.ones(width, 256), f"{key}.lora_B.weight": torch.ones(256, width)}
+    adapter = write_adapter(tmp_path / f"adapter-{experts}", factors, config("0.21.2", r=8))
+    outcome = merge(
+        tmp_path / f"base-{experts}", adapter=adapter, output=tmp_path / "output", run=RunOptions(dry_run=True)
+    )
+    return outcome.plan
+
+
+def test_memory_does_not_grow_with_the_number_of_experts_in_one_tensor(tmp_path: Path) -> None:
+    few, many = plan_of(tmp_path, 32), plan_of(tmp_path, 64)
+    assert many.memory_bytes == few.memory_bytes
+    assert many.read_bytes > 1.9 * few.read_bytes
+
+
+def test_columns_of_many_experts_are_read_with_one_pass_through_lora_b(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: Counter[str] = Counter()
+    read_into = SafetensorsFile.read_into
+
+    def counted(file: SafetensorsFile, name: str, begin: int, view: memoryview) -> None:
+        read[name] += len(view)
+        read_into(file, name, begin, view)
+
+    monkeypatch.setattr(SafetensorsFile, "read_into", counted)
+    base = saved("qwen3_moe", tmp_path / "base")
+    trained(base, tmp_path / "adapter", QWEN)
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    read.clear()
+    merged(tmp_path, base)
+    experts = [name for name in factors if ".experts." in name and "lora_B" in name]
+    assert len(experts) == 4
+    assert {name: read[name] for name in experts} == {name: factors[name].nbytes for name in experts}
+
+
+def test_columns_of_experts_are_read_again_in_groups_of_bounded_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts_module, "_HELD_BYTES", 24 * 2 * 4 * 2)  # two experts at a time, or one
+    monkeypatch.setattr(experts_module, "_READ_BYTES", 100)
+    base = saved("qwen3_moe", tmp_path / "base")
+    adapted = trained(base, tmp_path / "adapter", QWEN)
+    assert_same(merged(tmp_path, base), adapted.merge_and_unload().state_dict(), base.state_dict())

@@ -108,6 +108,9 @@ class RequantizeTransform:
     def streamed(self) -> Mapping[str, TensorRef]:
         return {**self.fold.streamed, _CODES: self.weight.weight.reshaped(self.fold.weight.spec.shape)}
 
+    def needed(self, begin: int, end: int) -> Mapping[str, TensorRef]:
+        return self.fold.needed(begin, end)
+
     @property
     def grid(self) -> tuple[int, int]:
         """Blocks down and across the stored matrix."""

@@ -96,8 +96,32 @@ class FoldTransform:
         return frozenset(streamed - whole)
 
     @cached_property
+    def by_rows(self) -> frozenset[int]:
+        """Places of the changes whose operands are read with the rows that they are for.
+
+        A tensor may hold a stack of matrices, each with operands of its own: together they may be large.
+        """
+        rows = (0, self.weight.shape[0])
+        return frozenset(
+            place
+            for place, placed in enumerate(self.changes)
+            if placed.block.expert is not None and (placed.row, placed.rows) != rows
+        )
+
+    def needed(self, begin: int, end: int) -> Mapping[str, TensorRef]:
+        return {
+            own: self.refs[own]
+            for place in self.by_rows
+            if self.changes[place].row < end and begin < self.changes[place].row + self.changes[place].rows
+            for own in self.operands[place].values()
+        }
+
+    @cached_property
     def whole(self) -> Mapping[str, TensorRef]:
-        return {name: ref for name, ref in self.refs.items() if name not in self._streamed_names}
+        by_rows = {own for place in self.by_rows for own in self.operands[place].values()}
+        return {
+            name: ref for name, ref in self.refs.items() if name not in self._streamed_names and name not in by_rows
+        }
 
     @cached_property
     def streamed(self) -> Mapping[str, TensorRef]:
@@ -120,9 +144,18 @@ class FoldTransform:
     def workspace_bytes(self, rows: int) -> int:
         """Four or five copies of the rows, and the operands twice: as prepared, and on their way there."""
         block = rows * self.weight.shape[1]
-        operands = sum(ref.spec.elements for ref in self.whole.values())
+        operands = sum(ref.spec.elements for ref in self.whole.values()) + self._most_needed(rows)
         streamed = sum(rows * prod(ref.shape[1:]) for name, ref in self.streamed.items() if name != "weight")
         return _bytes((5 if self.is_sum else 4) * block + 2 * operands + 2 * streamed, self.compute_dtype)
+
+    def _most_needed(self, rows: int) -> int:
+        """Elements of the operands that so many rows need at most."""
+        changes = [self.changes[place] for place in self.by_rows]
+        matrices = rows // min((placed.rows for placed in changes), default=1) + 2
+        elements = (
+            sum(self.refs[own].spec.elements for own in self.operands[place].values()) for place in self.by_rows
+        )
+        return sum(sorted(elements)[-matrices:])
 
     def begin(self, device: torch.device) -> Session:
         return _FoldSession(self, device)
@@ -140,41 +173,54 @@ PASS_ELEMENTS = 1 << 18
 class _FoldSession:
     transform: FoldTransform
     device: torch.device
-    folds: list[RowFold] = field(default_factory=list)
+    folds: dict[int, RowFold] = field(default_factory=dict)
     squares: list[tuple[float, float, float]] = field(default_factory=list)
     likeness: Tensor | None = None
 
     def prepare(self, operands: Mapping[str, Tensor]) -> None:
         import torch
 
+        self.likeness = torch.empty(0, dtype=torch_dtype(self.transform.compute_dtype), device=self.device)
+        whole = [place for place in range(len(self.transform.changes)) if place not in self.transform.by_rows]
+        for place, fold in self._begun(whole, operands):
+            if fold.needs_sweep:
+                self._sweep(fold, place)
+            self.folds[place] = fold
+
+    def _begun(self, places: Sequence[int], operands: Mapping[str, Tensor]) -> Iterator[tuple[int, RowFold]]:
+        """The folds of changes at these places, each with those of its operands that are there."""
         for name, tensor in operands.items():
             self._check_finite(name, tensor)
         dtype = torch_dtype(self.transform.compute_dtype)
-        self.likeness = torch.empty(0, dtype=dtype, device=self.device)
         on_device = {name: tensor.to(self.device, dtype, copy=True) for name, tensor in operands.items()}
-        for placed, names in zip(self.transform.changes, self.transform.operands, strict=True):
-            whole = {name: on_device[own] for name, own in names.items() if own in on_device}
-            fold = placed.change.begin(placed.block, whole, dtype, placed.scale)
-            if fold.needs_sweep:
-                self._sweep(fold, placed)
-            self.folds.append(fold)
+        for place in places:
+            placed, names = self.transform.changes[place], self.transform.operands[place]
+            own = {name: on_device[key] for name, key in names.items() if key in on_device}
+            yield place, placed.change.begin(placed.block, own, dtype, placed.scale)
 
-    def _sweep(self, fold: RowFold, swept: PlacedChange) -> None:
+    def _sweep(self, fold: RowFold, place: int) -> None:
         """Shows a fold all of its rows as the changes before it leave them, a block at a time."""
-        place = len(self.folds)
+        swept = self.transform.changes[place]
         for begin, end in row_blocks((swept.rows, self.transform.weight.shape[1]), self.transform.row_quantum):
             first, stop = swept.row + begin, swept.row + end
             inputs = {name: read_rows(ref, first, stop) for name, ref in self.transform.streamed.items()}
             streamed = self._on_device({name: tensor for name, tensor in inputs.items() if name != "weight"})
             rows = self._loaded(self._on_device({"weight": inputs["weight"]})["weight"])
             for earlier in range(place):
-                self._fold(earlier, rows, first, streamed)
+                self._fold(self.folds, earlier, rows, first, streamed)
             fold.sweep(rows, begin, self._operands_of(place, streamed))
 
     def step(self, first_row: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         (output,) = outputs.values()
+        streamed = {name: tensor for name, tensor in inputs.items() if name in self.transform.streamed}
+        needed = {name: tensor for name, tensor in inputs.items() if name not in streamed}
+        here = [
+            place for place in self.transform.by_rows if needed.keys() >= set(self.transform.operands[place].values())
+        ]
+        folds = {**self.folds, **dict(self._begun(here, needed))}
         for part in self._passes(inputs["weight"]):
-            self._pass(first_row + part.start, {name: tensor[part] for name, tensor in inputs.items()}, output[part])
+            rows = {name: tensor[part] for name, tensor in streamed.items()}
+            self._pass(folds, first_row + part.start, rows, output[part])
 
     def _passes(self, stored: Tensor) -> Iterator[slice]:
         rows = stored.shape[0]
@@ -185,14 +231,14 @@ class _FoldSession:
         for begin in range(0, rows, step):
             yield slice(begin, min(begin + step, rows))
 
-    def _pass(self, first_row: int, inputs: Mapping[str, Tensor], output: Tensor) -> None:
+    def _pass(self, folds: Mapping[int, RowFold], first_row: int, inputs: Mapping[str, Tensor], output: Tensor) -> None:
         import torch
 
         stored = inputs["weight"]
         streamed = self._on_device({name: tensor for name, tensor in inputs.items() if name != "weight"})
         rows = self._loaded(self._copied("rows", stored))
         weight_square = _square(rows)
-        rows, delta_square = self._folded(rows, first_row, streamed)
+        rows, delta_square = self._folded(folds, rows, first_row, streamed)
         if not isfinite(delta_square) or not isfinite(weight_square):
             raise self._culprit(inputs)
         rounding_square = 0.0
@@ -226,17 +272,26 @@ class _FoldSession:
     def _operands_of(self, place: int, streamed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: streamed[own] for name, own in self.transform.operands[place].items() if own in streamed}
 
-    def _folded(self, rows: Tensor, first_row: int, streamed: Mapping[str, Tensor]) -> tuple[Tensor, float]:
+    def _folded(
+        self, folds: Mapping[int, RowFold], rows: Tensor, first_row: int, streamed: Mapping[str, Tensor]
+    ) -> tuple[Tensor, float]:
         """The rows with every change, and the squared norm of what changed."""
         before = rows.clone() if self.transform.is_sum else None
         square = 0.0
         for place in range(len(self.transform.changes)):
-            square += self._fold(place, rows, first_row, streamed)
+            square += self._fold(folds, place, rows, first_row, streamed)
         if before is not None:
             square = _square(before.sub_(rows))
         return rows, square
 
-    def _fold(self, place: int, rows: Tensor, first_row: int, streamed: Mapping[str, Tensor]) -> float:
+    def _fold(
+        self,
+        folds: Mapping[int, RowFold],
+        place: int,
+        rows: Tensor,
+        first_row: int,
+        streamed: Mapping[str, Tensor],
+    ) -> float:
         """Folds one change into those of the rows that it is for, in place."""
         placed = self.transform.changes[place]
         begin = max(placed.row - first_row, 0)
@@ -246,8 +301,8 @@ class _FoldSession:
         own, first = rows[begin:end], first_row + begin - placed.row
         operands = self._operands_of(place, streamed)
         if self.transform.rounding == "nearest":
-            return self.folds[place].fold(own, first, operands)
-        return self._fold_as_peft(self.folds[place], own, first, operands, rounds_delta=placed.change.rounds_delta)
+            return folds[place].fold(own, first, operands)
+        return self._fold_as_peft(folds[place], own, first, operands, rounds_delta=placed.change.rounds_delta)
 
     def _fold_as_peft(
         self, fold: RowFold, rows: Tensor, first: int, operands: Mapping[str, Tensor], *, rounds_delta: bool

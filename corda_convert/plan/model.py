@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +72,15 @@ class Transform(Protocol):
         ...
 
     def begin(self, device: torch.device) -> Session: ...
+
+
+@runtime_checkable
+class NeedsByRows(Protocol):
+    """A streaming transform with operands that only some of its rows need."""
+
+    def needed(self, begin: int, end: int) -> Mapping[str, TensorRef]:
+        """What rows `begin … end` need: read whole with each block of rows that has such, and among `step`'s inputs."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

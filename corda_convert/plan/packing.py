@@ -16,6 +16,7 @@ from corda_convert.plan.model import (
     Copied,
     CopyJob,
     Job,
+    NeedsByRows,
     OutputFileSpec,
     PackedFile,
     Plan,
@@ -157,6 +158,8 @@ def _compute_job(
     chunks = []
     for index, (begin, end) in enumerate(blocks):
         reads = tuple(_read(operand, ref, begin, end) for operand, ref in transform.streamed.items())
+        needed = transform.needed(begin, end) if isinstance(transform, NeedsByRows) else {}
+        reads += tuple(_read(operand, ref, 0, ref.shape[0]) for operand, ref in needed.items())
         writes = tuple(_write_rows(file_name, each, shape, places, begin, end) for file_name, each in outputs)
         chunks.append(Chunk(begin, whole if index == 0 else (), reads, writes))
     rows = max((end - begin for begin, end in blocks), default=0)
