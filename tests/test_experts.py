@@ -424,6 +424,7 @@ def test_memory_does_not_grow_with_the_number_of_experts_in_one_tensor(tmp_path:
     few, many = plan_of(tmp_path, 32), plan_of(tmp_path, 64)
     assert many.memory_bytes == few.memory_bytes
     assert many.read_bytes > 1.9 * few.read_bytes
+    assert few.workspace_bytes > 2 * experts_module._HELD_BYTES  # the columns that are held count
 
 
 def test_columns_of_many_experts_are_read_with_one_pass_through_lora_b(

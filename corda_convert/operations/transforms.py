@@ -142,11 +142,12 @@ class FoldTransform:
         return any(begin < end for (_, end), (begin, _) in pairwise(ranges))
 
     def workspace_bytes(self, rows: int) -> int:
-        """Four or five copies of the rows, and the operands twice: as prepared, and on their way there."""
+        """Four or five copies of the rows, the operands twice, as prepared and on their way there, and what reading takes."""
         block = rows * self.weight.shape[1]
         operands = sum(ref.spec.elements for ref in self.whole.values()) + self._most_needed(rows)
         streamed = sum(rows * prod(ref.shape[1:]) for name, ref in self.streamed.items() if name != "weight")
-        return _bytes((5 if self.is_sum else 4) * block + 2 * operands + 2 * streamed, self.compute_dtype)
+        reading = max(getattr(ref.file, "reading_bytes", 0) for ref in (self.weight, *self.refs.values()))
+        return reading + _bytes((5 if self.is_sum else 4) * block + 2 * operands + 2 * streamed, self.compute_dtype)
 
     def _most_needed(self, rows: int) -> int:
         """Elements of the operands that so many rows need at most."""
