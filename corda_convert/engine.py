@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from corda_convert.checkpoint.byte_file import ByteFile
+from corda_convert.checkpoint.byte_file import PAGE_BYTES, ByteFile
 from corda_convert.checkpoint.tensors import torch_dtype
 from corda_convert.output.archive_writer import ArchiveWriter
 from corda_convert.output.digests import SequentialDigest
+from corda_convert.output.direct import DirectWriting
 from corda_convert.output.shard_writer import ShardWriter
 from corda_convert.plan.model import (
     BUFFER_ALIGNMENT,
@@ -150,6 +151,7 @@ class _Run:
         self.computed: queue.Queue[_Work | None] = queue.Queue(maxsize=plan.slots + 1)
         self.written: queue.Queue[_Work | None] = queue.Queue(maxsize=plan.slots + 1)
         self.writers: dict[str, ShardWriter] = {}
+        self.direct = DirectWriting()
         self.digests = dict(digests)
         for digest in self.digests.values():
             digest.skip_head()
@@ -391,9 +393,9 @@ class _Run:
 
     def _open(self, file: PackedFile) -> ShardWriter:
         path = self.folder / file.name
-        return (
-            ShardWriter(path, file.header, file.nbytes) if file.archive is None else ArchiveWriter(path, file.archive)
-        )
+        if file.archive is not None:
+            return ArchiveWriter(path, file.archive, self.direct)
+        return ShardWriter(path, file.header, file.nbytes, self.direct)
 
 
 def _join(thread: threading.Thread) -> None:
@@ -448,9 +450,11 @@ def _threads_each(workers: int) -> Iterator[None]:
 
 
 def _parts(slot: torch.Tensor, parts: Sequence[Read | Write]) -> Iterator[torch.Tensor]:
-    """The slot's bytes for each part, one after the other at aligned places."""
+    """The slot's bytes for each part, one after the other at aligned places: for outputs as aligned as in their file."""
     position = 0
     for part in parts:
+        if isinstance(part, Write):
+            position += (part.offset - slot.data_ptr() - position) % PAGE_BYTES if part.offset % 8 == 0 else 0
         yield slot[position : position + part.nbytes]
         position += -(-part.nbytes // BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT
 

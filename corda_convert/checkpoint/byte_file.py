@@ -12,6 +12,10 @@ from corda_convert.checkpoint.tensors import TensorFile
 from corda_convert.errors import MalformedFile
 
 
+PAGE_BYTES = 4096
+"""The unit in which files are cached, and written past the cache."""
+
+
 @dataclass(frozen=True, slots=True)
 class Extent:
     """Where a tensor's bytes lie in the file: absolute offset and length."""

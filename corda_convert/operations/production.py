@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from corda_convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
 from corda_convert.checkpoint.pickle_file import PickleFile
 from corda_convert.checkpoint.safetensors_file import SafetensorsFile
 from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorFile
+from corda_convert.operations import process_memory
 from corda_convert.operations.dequantize import DequantizeTransform
 from corda_convert.operations.options import Outcome, RunOptions, resolve_device
 from corda_convert.operations.rounding import rounding_warnings
@@ -153,7 +153,7 @@ def produce(production: Production, run: RunOptions, ahead: ReadAhead | None = N
         hub.check_access(run.push_to, private=run.private)
     device = resolve_device(run.device)
     digests = {} if ahead is None else ahead.stop()
-    baseline = _resident_bytes()
+    baseline = process_memory.resident_bytes() + _reading_bytes(production)
     plan = pack(
         production.files, workers=worker_count(device), max_memory_bytes=run.max_memory_bytes, held_bytes=baseline
     )
@@ -169,6 +169,12 @@ def produce(production: Production, run: RunOptions, ahead: ReadAhead | None = N
         message = f"{production.command} with corda-convert"
         publication = hub.push_folder(production.output, run.push_to, private=run.private, commit_message=message)
     return Outcome(production.output, plan, receipt, publication, tuple(receipt["warnings"]))
+
+
+def _reading_bytes(production: Production) -> int:
+    """What files that decode what they hold need beside the engine's buffers."""
+    files = [file for source in production.inputs for file in source.files]
+    return max((file.reading_bytes for file in files if isinstance(file, DequantizedFile)), default=0)
 
 
 def _fill(
@@ -202,7 +208,7 @@ def _fill(
             "write": round(record.write_seconds, 3),
             "hash": round(record.hash_seconds, 3),
         },
-        "peak_memory_bytes": peak_resident_bytes(),
+        "peak_memory_bytes": process_memory.peak_resident_bytes(),
         "peak_device_memory_bytes": _peak_device_bytes(device),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -335,31 +341,6 @@ def worker_count(device: torch.device) -> int:
     import torch
 
     return min(torch.get_num_threads(), MAX_WORKERS) if device.type == "cpu" else 1
-
-
-def peak_resident_bytes() -> int:
-    """The process's peak resident memory so far.
-
-    On Linux from /proc: what `getrusage` gives includes the parent's memory at the time of the fork.
-    """
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _resident_bytes() -> int:
-    """What the process holds now: interpreter, torch, and the headers."""
-    import torch
-
-    torch.get_num_threads()  # brings in what torch loads late
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        return pages * resource.getpagesize()
-    except OSError:
-        return peak_resident_bytes()
 
 
 def _peak_device_bytes(device: torch.device) -> int | None:

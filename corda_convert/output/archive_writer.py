@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 
 from corda_convert.checkpoint.torch_archive import Archive
+from corda_convert.output.direct import DirectWriting
 from corda_convert.output.shard_writer import ShardWriter
 
 _READ_BYTES = 8 << 20
@@ -17,11 +18,11 @@ class ArchiveWriter(ShardWriter):
     Bytes that come out of order are read again at the end, for checksums and digest.
     """
 
-    def __init__(self, path: Path, archive: Archive) -> None:
+    def __init__(self, path: Path, archive: Archive, direct: DirectWriting | None = None) -> None:
         self._archive = archive
         self._checksums: list[int] = []
         self._checksum = 0
-        super().__init__(path, archive.header, archive.nbytes)
+        super().__init__(path, archive.header, archive.nbytes, direct)
 
     def digest(self, offset: int, view: memoryview | bytes) -> None:
         super().digest(offset, view)

@@ -8,6 +8,7 @@ from types import TracebackType
 
 from corda_convert.errors import OutputRefused
 from corda_convert.output.digests import SequentialDigest, file_sha256
+from corda_convert.output.direct import LEAST_BYTES, DirectWriting, whole_pages
 
 
 class ShardWriter:
@@ -16,14 +17,17 @@ class ShardWriter:
     Raises `OutputRefused` when the disk is full or fails.
     """
 
-    def __init__(self, path: Path, header: bytes, nbytes: int) -> None:
+    def __init__(self, path: Path, header: bytes, nbytes: int, direct: DirectWriting | None = None) -> None:
         self.path = path
         self.nbytes = nbytes
+        self._direct = direct
+        self._direct_descriptor: int | None = None
         self._digest = SequentialDigest(nbytes)
         self._descriptor = -1
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            self._direct_descriptor = direct.open(path) if direct is not None else None
         except OSError as error:
             raise self._refusal(error) from None
         self.write(0, memoryview(header))
@@ -38,7 +42,16 @@ class ShardWriter:
         self._close()
 
     def write(self, offset: int, view: memoryview) -> None:
-        """Writes the bytes at the absolute `offset`."""
+        """Writes the bytes at the absolute `offset`, whole pages of long pieces directly, where that is on."""
+        if self._direct is None or self._direct_descriptor is None or len(view) < LEAST_BYTES:
+            return self._write(offset, view)
+        begin, end = whole_pages(offset, len(view))
+        self._write(offset, view[: begin - offset])
+        while self._direct.is_on and begin < end:
+            begin += self._direct.write(self._direct_descriptor, view[begin - offset : end - offset], begin)
+        return self._write(begin, view[begin - offset :])
+
+    def _write(self, offset: int, view: memoryview) -> None:
         done = 0
         try:
             while done < len(view):
@@ -91,6 +104,9 @@ class ShardWriter:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+        if self._direct_descriptor is not None:
+            os.close(self._direct_descriptor)
+            self._direct_descriptor = None
 
     def _refusal(self, error: OSError) -> OutputRefused:
         return OutputRefused(

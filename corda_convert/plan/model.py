@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from corda_convert.checkpoint.byte_file import PAGE_BYTES
+
 if TYPE_CHECKING:
     import torch
 
@@ -160,7 +162,7 @@ class Chunk:
 
     @property
     def write_bytes(self) -> int:
-        return sum(_aligned(write.nbytes) for write in self.writes)
+        return sum(_aligned(write.nbytes) + PAGE_BYTES for write in self.writes)
 
 
 @dataclass(frozen=True, slots=True)
