@@ -456,3 +456,27 @@ def test_columns_of_experts_are_read_again_in_groups_of_bounded_size(
     base = saved("qwen3_moe", tmp_path / "base")
     adapted = trained(base, tmp_path / "adapter", QWEN)
     assert_same(merged(tmp_path, base), adapted.merge_and_unload().state_dict(), base.state_dict())
+
+
+@pytest.mark.parametrize("family", OLD_NAMES)
+def test_experts_that_were_layers_of_their_own_are_found_in_the_stacks_of_a_newer_disk(
+    tmp_path: Path, family: str
+) -> None:
+    base = saved(family, tmp_path / "base")
+    tiny(family).save_pretrained(tmp_path / "stacked", save_original_format=False)
+    tensors = on_disk(tmp_path / "base")
+    stacked = [name for name, t in on_disk(tmp_path / "stacked").items() if t.ndim == 3]
+    assert stacked
+    modules = list(dict.fromkeys(f"model.layers.1.{name.format(e)}" for name in OLD_NAMES[family] for e in (0, 3)))
+    factors = {
+        f"base_model.model.{module}.lora_{side}.weight": torch.randn(*shape)
+        for module in modules
+        for side, shape in factor_shapes(tensors[f"{module}.weight"]).items()
+    }
+    adapter = write_adapter(tmp_path / "adapter", factors, config(None, target_modules=modules, target_parameters=None))
+    expected = merged(tmp_path, base)
+    merge(tmp_path / "stacked", adapter=adapter, output=tmp_path / "newer", options=MergeOptions(rounding="peft"))
+    found = type(base).from_pretrained(tmp_path / "newer").state_dict()
+    assert on_disk(tmp_path / "newer").keys() == on_disk(tmp_path / "stacked").keys()
+    changed = assert_same(found, expected, base.state_dict())
+    assert {name for name in changed if name in stacked}

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from corda_convert.checkpoint.conversions import NotFollowed, follow
 from corda_convert.checkpoint.folder import Checkpoint
 from corda_convert.checkpoint.layout import DiskLayout, Piece, whole
 from corda_convert.checkpoint.structure import LayerKind, ModelStructure
@@ -118,7 +119,43 @@ class NameMap:
         if name in self.checkpoint.tensors:
             return self._disk_target(name)
         renamed = self.structure.rename(name) if self.structure is not None else name
-        return self._known_target(renamed) if renamed in self._places else None
+        return self._known_target(renamed) if renamed in self._places else self._inside_stack(name)
+
+    @cached_property
+    def _stacks(self) -> Mapping[str, tuple[int, ...]]:
+        parameters = {} if self.structure is None else self.structure.parameters
+        return {name: found.shape for name, found in parameters.items() if found.is_stack}
+
+    @cached_property
+    def _experts(self) -> Mapping[str, int]:
+        return {name: shape[0] for name, shape in self._stacks.items() if name in self._places}
+
+    @cached_property
+    def _unstacked(self) -> dict[str, Mapping[str, DiskLayout]]:
+        """For each stack that was asked for: the tensors that older checkpoints have instead of it."""
+        return {}
+
+    def _inside_stack(self, name: str) -> Target | None:
+        """What older checkpoints have as a tensor of its own, one expert's, where this one has the stack."""
+        naming = None if self.structure is None else self.structure.naming
+        conversion = None if naming is None else naming.conversion_of(name, self._experts)
+        if conversion is None:
+            return None
+        stack = conversion.parameter
+        _, rows, columns = self._stacks[stack]
+        shape = (rows // len(conversion.collected), columns)
+        if name not in self._unstacked.get(stack, {}):
+            sources = dict.fromkeys(conversion.disk_names, shape)
+            try:
+                self._unstacked[stack] = follow(conversion, sources, self._stacks, self._stacks.keys())
+            except NotFollowed:
+                return None
+        for piece in self._unstacked[stack][name].pieces:
+            for place in self._places[stack]:
+                inner = _inside(piece, place.piece)
+                if inner is not None:
+                    return Target(name, shape, "linear", (Place(place.tensor_name, place.layout, inner),))
+        return None
 
     def _known_target(self, name: str) -> Target:
         places = self._places[name]
@@ -187,6 +224,16 @@ class NameMap:
             if None not in placed.values() and len(set(placed.values())) == len(placed):
                 solutions.add(tuple((names, place) for names, place in sorted(placed.items()) if place is not None))
         return dict(solutions.pop()) if len(solutions) == 1 else {}
+
+
+def _inside(piece: Piece, outer: Piece) -> Piece | None:
+    """The rows of a stored stack that a piece of one of its matrices is, as a parameter of its own; None if it is not in it."""
+    first, end = piece.first, piece.first + piece.count
+    if piece.expert != outer.expert or piece.transposed or outer.transposed:
+        return None
+    if not outer.first <= first <= end <= outer.first + outer.count:
+        return None
+    return Piece(outer.row + first - outer.first, piece.count, piece.parameter, None, 0, piece.count)
 
 
 def _substitutions(name: str, tensors: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -65,6 +65,26 @@ class Naming:
         if run_time_name not in self.known:
             return None
         return next((name for name in candidates if self._forward(name) == (run_time_name, None)), None)
+
+    def conversion_of(self, name: str, experts: Mapping[str, int]) -> Conversion | None:
+        """What a tensor of this name would go into if it were on disk, with those of all experts; None for other names.
+
+        `experts` are the numbers of them in each stack.
+        """
+        parameter, pattern = self._forward(name)
+        converter = next((each for each in self._converters if pattern in each.source_patterns), None)
+        count = experts.get(parameter, 0)
+        if pattern is None or converter is None or not count:
+            return None
+        own = next((own for expert in range(count) if (own := pattern.replace("*", str(expert))) in name), None)
+        if own is None:
+            return None
+        outer, _, inner = name.partition(own)
+        collected = {
+            pattern: [outer + pattern.replace("*", str(expert)) + inner for expert in range(count)]
+            for pattern in converter.source_patterns
+        }
+        return Conversion(parameter, converter, collected)
 
     @cached_property
     def _saving_renamings(self) -> list[Any]:
