@@ -78,7 +78,7 @@ class PlanRefused(CordaConvertError):
 
 def raise_problems(problems: Iterable[CordaConvertError]) -> None:
     """Raises nothing for no problem, the problem itself for one, and `PlanRefused` for several."""
-    found = tuple(problems)
+    found = tuple(single for problem in problems for single in getattr(problem, "problems", (problem,)))
     if len(found) == 1:
         raise found[0]
     if found:

@@ -8,6 +8,7 @@ from typing import Any
 
 from corda_convert.adapters.factors import Adapter, Layout, ParameterChange, block_of
 from corda_convert.adapters.replacements import is_module_to_save, originals
+from corda_convert.adapters.source import CONFIG_FILE
 from corda_convert.checkpoint.comparison import same_values
 from corda_convert.checkpoint.dequantized import written_dtype
 from corda_convert.checkpoint.layout import matrix_shape, whole
@@ -201,6 +202,7 @@ class _Collector:
             target = self.names.target(name)
             if target is not None and target.name in self.names.shared:
                 self._place(one, ref, target, is_own=False)
+        self._check_saved(one.adapter)
         changed = {each.target.name for each in changes}
         for name, ref in one.adapter.replacements.items():
             target = self.names.target(name)
@@ -212,8 +214,24 @@ class _Collector:
             else:
                 self._place(one, ref, target, is_own=is_own)
 
-    def _refuse(self, what: str) -> None:
-        self.problems.append(AdapterMismatch(what))
+    def _check_saved(self, adapter: Adapter) -> None:
+        """Notes the parameters of modules_to_save that are not in the file: what was trained of them is lost."""
+        found = {target.name for name in adapter.replacements if (target := self.names.target(name)) is not None}
+        missing = [
+            name
+            for name in self.names.known or self.names.checkpoint.tensors
+            if is_module_to_save(adapter.source, name)
+            and (target := self.names.target(name)) is not None
+            and found.isdisjoint(self.names.shared.get(target.name, (target.name,)))
+        ]
+        if missing:
+            self._refuse(
+                f"{adapter.source.name}: {CONFIG_FILE} has modules_to_save, but its file lacks {some(missing)}.",
+                why="The adapter file is incomplete.",
+            )
+
+    def _refuse(self, what: str, why: str | None = None) -> None:
+        self.problems.append(AdapterMismatch(what, why=why))
 
     def _place(self, one: Applied, ref: TensorRef, target: Target, *, is_own: bool) -> None:
         parts = parts_of(ref, target, self.names)
