@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import corda_convert.adapters.experts as experts_module
 from corda_convert import MergeOptions, RunOptions, merge
+from corda_convert.adapters import expert_columns
 from corda_convert.checkpoint.safetensors_file import SafetensorsFile
 from corda_convert.plan.model import Plan
 
@@ -424,7 +424,7 @@ def test_memory_does_not_grow_with_the_number_of_experts_in_one_tensor(tmp_path:
     few, many = plan_of(tmp_path, 32), plan_of(tmp_path, 64)
     assert many.memory_bytes == few.memory_bytes
     assert many.read_bytes > 1.9 * few.read_bytes
-    assert few.workspace_bytes > 2 * experts_module._HELD_BYTES  # the columns that are held count
+    assert few.workspace_bytes > 2 * expert_columns._HELD_BYTES  # the columns that are held count
 
 
 def test_columns_of_many_experts_are_read_with_one_pass_through_lora_b(
@@ -451,8 +451,8 @@ def test_columns_of_many_experts_are_read_with_one_pass_through_lora_b(
 def test_columns_of_experts_are_read_again_in_groups_of_bounded_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experts_module, "_HELD_BYTES", 24 * 2 * 4 * 2)  # two experts at a time, or one
-    monkeypatch.setattr(experts_module, "_READ_BYTES", 100)
+    monkeypatch.setattr(expert_columns, "_HELD_BYTES", 24 * 2 * 4 * 2)  # two experts at a time, or one
+    monkeypatch.setattr(expert_columns, "_READ_BYTES", 100)
     base = saved("qwen3_moe", tmp_path / "base")
     adapted = trained(base, tmp_path / "adapter", QWEN)
     assert_same(merged(tmp_path, base), adapted.merge_and_unload().state_dict(), base.state_dict())
