@@ -310,3 +310,34 @@ def test_a_folder_whose_initial_adapter_is_no_lora_is_refused_in_words(refusal: 
     blocks = {f"{name}.miss_block": random(4, 8) for name in modules if not name.endswith(".lora_B.weight")}
     write_adapter(model / "miss_init", blocks, {"peft_type": "MISS", "r": 4, "init_weights": True})
     assert "was not trained beside it" in refusal("merge", model, "--adapter", adapter)
+
+
+def snippet_results(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a card's snippet leaves when it is run beside its folder."""
+    code = (folder / "README.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(folder.parent)
+    results: dict[str, Any] = {}
+    exec(code, results)
+    return results
+
+
+def test_the_snippet_of_a_card_loads_the_head_and_asks_for_no_tokenizer_that_is_not_there(
+    done: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = LLAMA_CONFIG | {"architectures": ["LlamaForSequenceClassification"], "num_labels": 2, "pad_token_id": 0}
+    tensors = {name: tensor for name, tensor in llama_tensors().items() if name != "lm_head.weight"}
+    score = random(2, HIDDEN, seed=77)
+    model = write_checkpoint(tmp_path / "model", {**tensors, "score.weight": score}, config=config)
+    done("merge", model, "--adapter", write_lora(tmp_path / "lora"), "-o", tmp_path / "out")
+    results = snippet_results(tmp_path / "out", monkeypatch)
+    assert torch.equal(results["model"].score.weight, score)
+    assert not {"tokenizer", "processor"} & results.keys()
+
+
+def test_the_snippet_of_a_card_loads_the_tokenizer_that_is_there(
+    done: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done("merge", MODEL, "--adapter", ADAPTERS / "lora", "-o", tmp_path / "out")
+    results = snippet_results(tmp_path / "out", monkeypatch)
+    assert results["tokenizer"]("word")["input_ids"]
+    assert type(results["model"]).__name__ == read_json(MODEL / "config.json")["architectures"][0]

@@ -85,6 +85,7 @@ def merge_decomposed(
             "merged into its residual.",
             relation="finetune",
             tags=("merged", "corda"),
+            side_files=carried,
         )
         formatted = in_format(files, checkpoint, card, weight_format)
         return produce(

@@ -28,7 +28,7 @@ from corda_convert.operations.subtraction import subtract
 from corda_convert.operations.transforms import Rounding
 from corda_convert.output.model_card import Card
 from corda_convert.output.read_ahead import ReadAhead
-from corda_convert.output.side_files import tokenizer_files
+from corda_convert.output.side_files import SideFile, tokenizer_files
 
 Paths = Path | str | Sequence[Path | str]
 """One path or several."""
@@ -157,7 +157,7 @@ def _merge(
     side_files, left = model_side_files(base.written, run, tokenizers, base.config(edits.config))
     facts = {"adapters": [part.describe() for part in given], **base.facts()}
     files = checkpoint_files(base.written, touched, run.output_dtype)
-    formatted = in_format(files, checkpoint, _card(checkpoint, given), options.format)
+    formatted = in_format(files, checkpoint, _card(checkpoint, given, side_files), options.format)
     return produce(
         Production(
             command="merge",
@@ -236,7 +236,7 @@ def _inputs(checkpoint: Checkpoint, parts: Sequence[Part], residual: Residual | 
     return tuple(inputs.values())
 
 
-def _card(checkpoint: Checkpoint, parts: Sequence[Part]) -> Card:
+def _card(checkpoint: Checkpoint, parts: Sequence[Part], side_files: Sequence[SideFile]) -> Card:
     named = [
         f"the {part.trained.kind} adapter `{part.name}`" + (f" (× {part.scale:g})" if part.scale != 1 else "")
         for part in parts
@@ -248,6 +248,7 @@ def _card(checkpoint: Checkpoint, parts: Sequence[Part]) -> Card:
         f"`{checkpoint.name}` with {listed} merged into its weights.",
         relation="finetune",
         tags=("merged", *kinds),
+        side_files=side_files,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import replace
 from typing import Any
 
@@ -46,11 +46,11 @@ def model_side_files(
     return files, found.left
 
 
-def transformers_card(checkpoint: Checkpoint, what: str, *, relation: str, tags: tuple[str, ...]) -> Card:
-    """A card for a folder that transformers loads."""
+def transformers_card(
+    checkpoint: Checkpoint, what: str, *, relation: str, tags: tuple[str, ...], side_files: Iterable[SideFile] = ()
+) -> Card:
+    """A card for a folder that transformers loads, with these side files."""
     config = checkpoint.config or {}
-    architectures = config.get("architectures") or ["AutoModelForCausalLM"]
-    class_name = "AutoModelForCausalLM" if str(architectures[0]).endswith("ForCausalLM") else "AutoModel"
     named = str(config.get("_name_or_path") or "")
     return Card(
         what=what,
@@ -58,12 +58,35 @@ def transformers_card(checkpoint: Checkpoint, what: str, *, relation: str, tags:
         relation=relation,
         library_name="transformers",
         tags=tags,
-        snippet=(
-            f"from transformers import AutoTokenizer, {class_name}\n\n"
-            f'model = {class_name}.from_pretrained("{{repo}}")\n'
-            'tokenizer = AutoTokenizer.from_pretrained("{repo}")'
-        ),
+        snippet=_loading_snippet(_model_class(config), {file.name for file in side_files}),
     )
+
+
+_TOKENIZERS = frozenset(
+    {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"}
+)
+_PROCESSORS = frozenset({"processor_config.json", "preprocessor_config.json"})
+
+
+def _model_class(config: dict[str, Any]) -> str:
+    """The class of transformers that loads every weight, the head's too. A class of the model's own code has an Auto class."""
+    architectures = config.get("architectures")
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else "ForCausalLM"
+    if name.endswith("ForCausalLM"):
+        return "AutoModelForCausalLM"
+    return "AutoModel" if config.get("auto_map") or not name.isidentifier() else name
+
+
+def _loading_snippet(model_class: str, files: Set[str]) -> str:
+    """Python that loads the model, and what prepares its inputs if that is among the files."""
+    loaded = [("model", model_class)]
+    if files & _PROCESSORS:
+        loaded.append(("processor", "AutoProcessor"))
+    elif files & _TOKENIZERS:
+        loaded.append(("tokenizer", "AutoTokenizer"))
+    imports = ", ".join(name for _, name in sorted(loaded, key=lambda pair: pair[1]))
+    lines = [f'{variable} = {name}.from_pretrained("{{repo}}")' for variable, name in loaded]
+    return "\n".join([f"from transformers import {imports}\n", *lines])
 
 
 def with_snippet(card: Card, snippet: str) -> Card:
