@@ -305,7 +305,6 @@ BY_HEADER: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
     "mlx": {f"{W}.weight": ("U32", (16, 2)), f"{W}.scales": ("BF16", (16, 1)), f"{W}.biases": ("BF16", (16, 1))},
     "fp8 weights with weight_scale": {f"{W}.weight": ("F8_E4M3", (16, 16)), f"{W}.weight_scale": ("F32", (16, 1))},
     "integer weights with weight_scale": {f"{W}.weight": ("I8", (16, 16)), f"{W}.weight_scale": ("F32", (16, 1))},
-    "F8_E4M3 without scales": {f"{W}.weight": ("F8_E4M3", (16, 16))},
 }  # fmt: skip
 
 

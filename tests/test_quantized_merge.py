@@ -228,7 +228,8 @@ def test_a_stack_of_experts_is_dequantized_by_the_rows_of_each(tmp_path: Path, m
     monkeypatch.setattr(packing, "BLOCK_ELEMENTS", 1 << 10)
     base = read_base(gpt_oss(tmp_path)[0], RunOptions())
     plan = packing.pack(checkpoint_files(base.written, {}, None))
-    largest = max(chunk.write_bytes for job in plan.jobs if isinstance(job, ComputeJob) for chunk in job.chunks)
+    chunks = [chunk for job in plan.jobs if isinstance(job, ComputeJob) for chunk in job.chunks]
+    largest = max(write.nbytes for chunk in chunks for write in chunk.writes)
     assert largest < base.readable.spec(f"{LAYER}.mlp.experts.gate_up_proj").row_nbytes
 
 

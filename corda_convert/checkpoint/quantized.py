@@ -209,8 +209,6 @@ def _mark_by_dtype(spec: TensorSpec, stem: str, specs: Mapping[str, TensorSpec])
     if f"{spec.name}_scale" in specs:
         kind = "fp8" if spec.dtype.startswith("F") else "integer"
         return f"{kind} weights with weight_scale (fbgemm_fp8, compressed-tensors, modelopt or bitnet)"
-    if spec.dtype.startswith(("F8_", "F6_", "F4")) and not spec.name.endswith(("_scale", SCALE_SUFFIX, ".scale")):
-        return f"{spec.dtype} without scales"
     return None
 
 
