@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import tiny
-from hypothesis import given, reject, settings
+from hypothesis import example, given, reject, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, MissConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -22,6 +22,7 @@ from corda_convert import MergeOptions, merge
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's and transformers' own, about unusual configurations
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EXACT = {**DTYPES, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,16 @@ class Drawn:
         return copy.deepcopy((MissConfig if self.is_miss else LoraConfig)(**self.options))
 
 
+BIASES_IN_SAVED_MODULES = Drawn(
+    "bert",
+    "bfloat16",
+    {"target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier", "pooler"]},
+    "float32",
+    0,
+)
+"""PEFT saves those biases three times, under names of its wrappers."""
+
+
 @st.composite
 def drawn(draw: st.DrawFn) -> Drawn:
     name = draw(st.sampled_from(sorted(FAMILIES)))
@@ -118,7 +129,7 @@ def drawn(draw: st.DrawFn) -> Drawn:
         options |= {"mini_r": draw(st.sampled_from([2, 4, 8]))} if mode == "mini" else {}
     else:
         options |= draw(lora_options(family, options["target_modules"]))
-    case = Drawn(name, "float32", options, draw(st.sampled_from(sorted(DTYPES))), draw(st.integers(0, 99)))
+    case = Drawn(name, "float64", options, draw(st.sampled_from(sorted(DTYPES))), draw(st.integers(0, 99)))
     if case.touches_a_tie:
         return case  # the logits of two models are compared, for which other dtypes are too coarse
     return Drawn(name, draw(st.sampled_from(sorted(DTYPES))), options, case.adapter_dtype, case.seed)
@@ -159,7 +170,7 @@ def saved_base(case: Drawn, folder: Path) -> Any:
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
         parameter.data += torch.randn(parameter.shape, generator=generator) * 0.05
-    model.to(DTYPES[case.dtype]).save_pretrained(folder, max_shard_size="60KB")
+    model.to(EXACT[case.dtype]).save_pretrained(folder, max_shard_size="60KB")
     return load(model, folder)
 
 
@@ -191,23 +202,23 @@ def logits(model: Any) -> Tensor:
     return found
 
 
-def sums_otherwise(case: Drawn, tensor: Tensor) -> bool:
-    """Whether PEFT's norms of this weight, along its rows in memory, are sums in another order than ours."""
-    return bool(case.options.get("use_dora")) and FAMILIES[case.family].is_transposed and tensor.ndim == 2
+def sums_otherwise(case: Drawn) -> bool:
+    """Whether PEFT sums in another order: norms of a Conv1D go along its rows; bat's products are of smaller blocks."""
+    is_dora = bool(case.options.get("use_dora")) and FAMILIES[case.family].is_transposed
+    return is_dora or case.options.get("init_weights") == "bat"
 
 
 def differing(case: Drawn, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:
-    """The tensors that are not PEFT's: bit by bit, or, for norms that are summed otherwise, to an ulp of the largest."""
+    """The tensors that are not PEFT's: bit by bit, or, where sums have another order, but for the last bits."""
     assert ours.keys() == theirs.keys()
+    dtype = DTYPES[case.dtype]
+    error = 8 * torch.finfo(torch.float32).eps + (0 if dtype == torch.float32 else torch.finfo(dtype).eps)
     found = []
     for name in ours:
-        tensor, wanted = (
-            model[name].to(DTYPES[case.dtype]) for model in (ours, theirs)
-        )  # T5 has some in float32 in memory
+        tensor, wanted = (model[name].to(dtype) for model in (ours, theirs))  # T5 has some in float32 in memory
         if torch.equal(tensor, wanted):
             continue
-        ulp = torch.finfo(tensor.dtype).eps * float(wanted.abs().max())
-        if not sums_otherwise(case, tensor) or float((tensor - wanted).abs().max()) > ulp:
+        if not sums_otherwise(case) or float((tensor - wanted).abs().max() / wanted.abs().max()) > error:
             found.append(name)
     return found
 
@@ -218,14 +229,14 @@ def compare(case: Drawn, folder: Path, counts: Counter[str]) -> None:
     try:
         train(case, base, folder / "adapter")
         adapted = PeftModel.from_pretrained(copy.deepcopy(base), folder / "adapter")
-        expected = logits(adapted) if case.touches_a_tie else None
+        expected = logits(adapted.double()) if case.touches_a_tie else None
         theirs = adapted.merge_and_unload().state_dict()
     except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError, KeyError) as refused:
         counts[f"refused by PEFT: {str(refused)[:60]}"] += 1
         counts["discarded"] += 1
         reject()
     output = folder / "output"
-    options = MergeOptions(rounding="peft", as_is=True)
+    options = MergeOptions(rounding="peft" if expected is None else "nearest", as_is=True)
     merge(folder / "base", adapter=folder / "adapter", output=output, options=options)
     ours = load(base, output)
     if expected is None:
@@ -235,14 +246,15 @@ def compare(case: Drawn, folder: Path, counts: Counter[str]) -> None:
     else:
         counts["equal logits"] += 1
         scale = float(expected.abs().max())
-        assert float((logits(ours) - expected).abs().max()) < 5e-6 * scale
+        assert float((logits(ours) - expected).abs().max()) < 1e-10 * scale
         assert float((logits(base) - expected).abs().max()) > 1e-3 * scale
 
 
 def test_adapters_drawn_at_random_merge_as_in_peft() -> None:
     counts = Counter[str]()
 
-    @settings(max_examples=60)
+    @settings(max_examples=80)
+    @example(BIASES_IN_SAVED_MODULES)
     @given(case=drawn())
     def check(case: Drawn) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -251,4 +263,4 @@ def test_adapters_drawn_at_random_merge_as_in_peft() -> None:
     check()
     print(dict(counts))
     assert counts["discarded"] * 2 <= counts["drawn"], counts
-    assert min(counts["equal bits"], counts["equal logits"]) >= 10, counts
+    assert min(counts["equal bits"], counts["equal logits"]) >= 5, counts

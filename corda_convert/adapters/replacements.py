@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from corda_convert.adapters.source import CONFIG_FILE, AdapterSource
 from corda_convert.checkpoint.comparison import same_values
 from corda_convert.checkpoint.tensors import TensorRef
@@ -61,7 +63,7 @@ def originals(source: AdapterSource) -> dict[str, TensorRef]:
 
 
 def _parameter_name(key: str) -> str:
-    return key.replace(".base_layer.", ".").replace(".modules_to_save.", ".").replace(_ORIGINAL, ".")
+    return re.sub(r"\.(base_layer|modules_to_save(\.default)?|original_module)(?=\.)", "", key)
 
 
 def is_module_to_save(source: AdapterSource, name: str) -> bool:
