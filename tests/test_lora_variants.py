@@ -378,7 +378,9 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "lora_bias on a module that has none": (
         {**lora_tensors({UP: LINEARS[UP]}), f"{KEY}.lora_B.bias": random(24)},
         {"lora_bias": True},
-        f"1 of 2 adapted modules find no weight in llama: {UP}.bias.\nThe adapter was trained on another model.",
+        f"adapter has lora_B.bias for 1 of the layers without a bias in llama: {UP}.\n"
+        "There is no tensor that it could be added to; PEFT cannot merge it either.\n"
+        "Load the adapter with PEFT beside the model.",
     ),
     "DoRA with lora_bias": (
         {**dora_tensors(), f"{KEY}.lora_B.bias": random(24)},

@@ -146,7 +146,12 @@ def test_modules_to_save_of_another_shape_are_refused(refusal: Refusal, model: P
 def test_modules_to_save_that_the_model_lacks_are_refused(refusal: Refusal, model: Path, tmp_path: Path) -> None:
     tensors = {**lora_tensors(), "base_model.model.score.weight": random(2, HIDDEN)}
     adapter = write_adapter(tmp_path / "saved", tensors, lora_config(modules_to_save=["score"]))
-    assert refusal("merge", model, "--adapter", adapter) == "saved replaces score.weight, which model lacks."
+    assert refusal("merge", model, "--adapter", adapter) == (
+        "saved replaces score.weight, which model (LlamaForCausalLM) lacks.\n"
+        "The training added it to the model, for the task CAUSAL_LM.\n"
+        "Load the base with the class that was trained (such as AutoModelForSequenceClassification, with its num_labels), "
+        "save it with save_pretrained, and merge into that."
+    )
 
 
 # Covariances

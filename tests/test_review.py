@@ -27,7 +27,7 @@ from building import (
     write_covariances,
     write_lora,
 )
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -341,3 +341,41 @@ def test_the_snippet_of_a_card_loads_the_tokenizer_that_is_there(
     results = snippet_results(tmp_path / "out", monkeypatch)
     assert results["tokenizer"]("word")["input_ids"]
     assert type(results["model"]).__name__ == read_json(MODEL / "config.json")["architectures"][0]
+
+
+def test_a_tokenizer_with_tokens_beyond_a_vocabulary_that_stays_is_named(done: Command, tmp_path: Path) -> None:
+    adapter = write_lora(tmp_path / "lora")
+    for highest, warned in ((VOCABULARY - 1, False), (VOCABULARY, True)):
+        (adapter / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": highest}}}))
+        ran = done(
+            "merge", write_checkpoint(tmp_path / f"m{highest}"), "--adapter", adapter, "-o", tmp_path / f"o{highest}"
+        )
+        assert (f"its tokenizer has token {highest}, the vocabulary has {VOCABULARY} rows" in ran.err) is warned
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_a_head_that_the_base_lacks_is_added_to_it_as_the_refusal_says(
+    refusal: Refusal, done: Command, tmp_path: Path
+) -> None:
+    """A classifier trained on a language model: its base is one with a head of the same shape."""
+    base = write_checkpoint(tmp_path / "base", config=LLAMA_CONFIG | {"pad_token_id": 0})
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    trained = get_peft_model(model, config).eval()
+    trained.save_pretrained(tmp_path / "adapter")
+    message = refusal("merge", base, "--adapter", tmp_path / "adapter")
+    assert "replaces score.weight, which base (LlamaForCausalLM) lacks" in message
+    assert "AutoModelForSequenceClassification" in message
+    headed = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    headed.save_pretrained(tmp_path / "headed")
+    done("merge", tmp_path / "headed", "--adapter", tmp_path / "adapter", "-o", tmp_path / "out")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    tokens = torch.tensor([[3, 5, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(merged(tokens).logits, trained(tokens).logits, rtol=0, atol=1e-5)
+
+
+def test_an_adapter_that_peft_saved_in_a_folder_of_its_name_is_pointed_to(refusal: Refusal, tmp_path: Path) -> None:
+    model, adapter = write_checkpoint(tmp_path / "model"), write_lora(tmp_path / "training" / "law")
+    message = refusal("merge", model, "--adapter", tmp_path / "training")
+    assert message.endswith(f"PEFT saved one in {adapter}: give that.")

@@ -63,7 +63,9 @@ def open_adapter(folder: Path) -> AdapterSource:
     if not (folder / CONFIG_FILE).is_file():
         raise InputNotFound(
             f"{folder} holds no {CONFIG_FILE}, so it is no adapter of PEFT.",
-            next_step="Give the folder that PEFT's save_pretrained wrote.",
+            next_step=f"PEFT saved one in {inner[0]}: give that."
+            if (inner := [path.parent for path in sorted(folder.glob(f"*/{CONFIG_FILE}"))])
+            else "Give the folder that PEFT's save_pretrained wrote.",
         )
     file = _open_weights(folder)
     tensors: dict[str, TensorRef] = {}

@@ -95,6 +95,14 @@ def fit_changes(adapter: Adapter, names: NameMap) -> list[Fitted]:
 
 def _unplaced(adapter: Adapter, missing: list[str], names: NameMap) -> CordaConvertError:
     reasons = sorted(set(names.structure.unsupported.values())) if names.structure is not None else []
+    stems = {name: name.removesuffix(".bias") for name in missing}
+    if all(stem != name and names.target(f"{stem}.weight") is not None for name, stem in stems.items()):
+        return UnsupportedInput(
+            f"{adapter.source.name} has lora_B.bias for {len(missing)} of the layers without a bias in "
+            f"{names.checkpoint.name}: {some(stems.values())}.",
+            why="There is no tensor that it could be added to; PEFT cannot merge it either.",
+            next_step="Load the adapter with PEFT beside the model.",
+        )
     return AdapterMismatch(
         f"{len(missing)} of {len(adapter.modules)} adapted modules find no weight in {names.checkpoint.name}: "
         f"{some(missing)}.",
@@ -167,9 +175,8 @@ def collect_edits(applied: Sequence[Applied], fitted: Sequence[Sequence[Fitted]]
     vocabulary = resize(tensors, settled.config or names.checkpoint.config, names)
     raise_problems(_size_problems(tensors, names))
     warnings = [each.warning() for each in settled.untied]
-    if vocabulary is not None:
-        for source in (one.adapter.source for one in applied):
-            warnings += tokenizer_warnings(source.name, source.folder, vocabulary.after)
+    for source in (one.adapter.source for one in applied):
+        warnings += tokenizer_warnings(source.name, source.folder, vocabulary, names)
     config = settled.config if vocabulary is None else vocabulary.config
     return Edits(tensors, config, settled.untied, vocabulary, tuple(warnings))
 
@@ -208,7 +215,7 @@ class _Collector:
             target = self.names.target(name)
             is_own = is_module_to_save(one.adapter.source, name)
             if target is None:
-                self._refuse(f"{one.adapter.source.name} replaces {name}, which {self.names.checkpoint.name} lacks.")
+                self.problems.append(_lacking(one.adapter, name, self.names))
             elif target.name in changed and is_own:
                 self._refuse(f"{one.adapter.source.name} replaces {name}, and changes it in another way too.")
             else:
@@ -253,6 +260,21 @@ class _Collector:
                     f"{one.adapter.source.name} replaces {target.name} with other values than an adapter before it."
                 )
                 return
+
+
+def _lacking(adapter: Adapter, name: str, names: NameMap) -> CordaConvertError:
+    """The refusal of a weight, mostly a new head, that the model has no tensor for."""
+    if adapter.source.is_file:
+        return AdapterMismatch(f"{adapter.source.name} replaces {name}, which {names.checkpoint.name} lacks.")
+    architectures = (names.checkpoint.config or {}).get("architectures")
+    own = f" ({architectures[0]})" if isinstance(architectures, list) and architectures else ""
+    task = adapter.source.config.get("task_type")
+    return AdapterMismatch(
+        f"{adapter.source.name} replaces {name}, which {names.checkpoint.name}{own} lacks.",
+        why="The training added it to the model" + (f", for the task {task}." if task else "."),
+        next_step="Load the base with the class that was trained (such as AutoModelForSequenceClassification, with its "
+        "num_labels), save it with save_pretrained, and merge into that.",
+    )
 
 
 def _placed(fitted: Fitted, place: Place, scale: float) -> PlacedChange:

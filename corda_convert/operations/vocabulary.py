@@ -123,14 +123,25 @@ def _unsized(what: str, rows: int | None, resized: str) -> CordaConvertError:
     )
 
 
-def tokenizer_warnings(adapter_name: str, folder: Path, rows: int) -> tuple[str, ...]:
-    """What does not fit between the adapter's tokenizer and a vocabulary of so many rows."""
+def tokenizer_warnings(adapter_name: str, folder: Path, resized: Resized | None, names: NameMap) -> tuple[str, ...]:
+    """What does not fit between the adapter's tokenizer, which the output takes over, and the output's vocabulary."""
     if not tokenizer_files(folder):
-        return (f"{adapter_name} resizes the vocabulary to {rows} and has no tokenizer with it: the base's is kept.",)
+        kept = f"{adapter_name} resizes the vocabulary to {resized.after} and has no tokenizer" if resized else ""
+        return (f"{kept} with it: the base's is kept.",) if kept else ()
+    rows = resized.after if resized is not None else _rows(names)
     highest = _highest_token(folder / "tokenizer.json")
-    if highest is not None and highest >= rows:
-        return (f"{adapter_name}: its tokenizer has token {highest}, the vocabulary has {rows} rows.",)
+    if highest is not None and rows is not None and highest >= rows:
+        lost = "" if resized is not None else " If the training added tokens, the adapter lacks their embeddings."
+        return (f"{adapter_name}: its tokenizer has token {highest}, the vocabulary has {rows} rows.{lost}",)
     return ()
+
+
+def _rows(names: NameMap) -> int | None:
+    """The vocabulary's size in the model's config; None where it does not say."""
+    config = names.checkpoint.config or {}
+    text = config.get("text_config")
+    rows = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+    return rows if isinstance(rows, int) else None
 
 
 def _highest_token(path: Path) -> int | None:
