@@ -379,3 +379,24 @@ def test_an_adapter_that_peft_saved_in_a_folder_of_its_name_is_pointed_to(refusa
     model, adapter = write_checkpoint(tmp_path / "model"), write_lora(tmp_path / "training" / "law")
     message = refusal("merge", model, "--adapter", tmp_path / "training")
     assert message.endswith(f"PEFT saved one in {adapter}: give that.")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_trained_tokens_go_into_a_head_that_differs_though_the_config_ties_it(done: Command, tmp_path: Path) -> None:
+    """PEFT asks the config, not the values: in training the head has the embedding's trained rows."""
+    base = write_checkpoint(tmp_path / "base", config=LLAMA_CONFIG | {"tie_word_embeddings": True})
+    config = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 5], init_lora_weights=False)
+    trained = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if "trainable_tokens" in name:
+                parameter += random(*parameter.shape, seed=9)
+    trained.save_pretrained(tmp_path / "adapter")
+    done("merge", base, "--adapter", tmp_path / "adapter", "-o", tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokens = torch.tensor([[3, 5, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(merged(tokens).logits, trained(tokens).logits, rtol=1e-5, atol=1e-4)
+    head, before = (load_file(folder / "model.safetensors")["lm_head.weight"] for folder in (tmp_path / "out", base))
+    assert (head != before).any(dim=1).nonzero().flatten().tolist() == [3, 5]

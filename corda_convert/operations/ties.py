@@ -70,22 +70,21 @@ class SharedEdits:
         return {name: len(edit.changes) for name, edit in self.edits.items()}
 
     def follow(self, before: Mapping[str, int]) -> None:
-        """Makes an adapter's changes of the input embedding that keep its ties to what is tied to it, too.
+        """Makes an adapter's changes of the input embedding that keep its ties to what its class ties to it, too.
 
-        As PEFT does: unless one of those has such a change of its own, and before its other changes.
-        `before` is what `lengths` was before the adapter.
+        As PEFT does, whether their stored values are alike or not: unless one of those has such a change of its own, and
+        before its other changes. `before` is what `lengths` was before the adapter.
         """
         for members in {self.names.shared[name] for name in self.edits}:
-            tied, _ = self.split(members)
             added = {
                 name: [placed for placed in self.edits[name].changes[before.get(name, 0) :] if placed.change.keeps_tie]
-                for name in tied
+                for name in members
                 if name in self.edits
             }
-            embedding = next((name for name in tied if self._is_embedding(name)), None)
+            embedding = next((name for name in members if self._is_embedding(name)), None)
             if embedding not in added or any(added[name] for name in added if name != embedding):
                 continue
-            for name in tied:
+            for name in members:
                 if name != embedding and added[embedding]:
                     start = before.get(name, 0)
                     source = self.edits[embedding].source
