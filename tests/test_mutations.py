@@ -676,40 +676,40 @@ def wrong(output: Path, wanted: Mapping[str, oracle.Weight]) -> list[str]:
     return [name for name, weight in wanted.items() if not weight.accepts(actual[name])]
 
 
-# name: how it is built, how many mutants of it are refused, and how many are merged
+# name: how it is built, how many mutants of it mean nothing, and how many mean something
 KINDS: dict[str, tuple[Callable[[], Case], int, int]] = {
-    "LoRA": (plain_lora, 132, 69),
-    "LoRA in bfloat16": (half_precision, 127, 67),
-    "rsLoRA with patterns": (patterns, 128, 69),
-    "DoRA": (dora, 122, 73),
-    "lora_bias": (lora_bias, 128, 67),
-    "modules_to_save": (modules_to_save, 128, 66),
-    "MiSS balance": (lambda: block_adapter("balance"), 91, 54),
-    "MiSS mini": (lambda: block_adapter("mini"), 87, 59),
+    "LoRA": (plain_lora, 127, 74),
+    "LoRA in bfloat16": (half_precision, 122, 72),
+    "rsLoRA with patterns": (patterns, 122, 75),
+    "DoRA": (dora, 114, 81),
+    "lora_bias": (lora_bias, 123, 72),
+    "modules_to_save": (modules_to_save, 120, 74),
+    "MiSS balance": (lambda: block_adapter("balance"), 90, 55),
+    "MiSS mini": (lambda: block_adapter("mini"), 86, 60),
     "MiSS bat": (lambda: block_adapter("bat"), 93, 52),
-    "Bone": (lambda: block_adapter("balance", "BONE"), 91, 54),
-    "trainable tokens": (trainable_tokens, 64, 73),
-    "tokens of a tied model": (tokens_of_a_tied_model, 123, 72),
-    "an embedding": (lambda: embedding(is_tied=False), 125, 69),
-    "a tied embedding": (lambda: embedding(is_tied=True), 127, 67),
-    "experts": (stacks_of_experts, 138, 65),
-    "on the residual": (on_the_residual, 121, 73),
-    "with initial factors": (with_initial_factors, 169, 83),
-    "two adapters": (two_adapters, 138, 63),
-    "pickled": (pickled, 132, 69),
-    "block-fp8": (block_fp8, 132, 69),
+    "Bone": (lambda: block_adapter("balance", "BONE"), 90, 55),
+    "trainable tokens": (trainable_tokens, 62, 75),
+    "tokens of a tied model": (tokens_of_a_tied_model, 114, 81),
+    "an embedding": (lambda: embedding(is_tied=False), 117, 77),
+    "a tied embedding": (lambda: embedding(is_tied=True), 119, 75),
+    "experts": (stacks_of_experts, 129, 74),
+    "on the residual": (on_the_residual, 113, 81),
+    "with initial factors": (with_initial_factors, 154, 98),
+    "two adapters": (two_adapters, 129, 72),
+    "pickled": (pickled, 127, 74),
+    "block-fp8": (block_fp8, 128, 73),
 }
 
 
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(kind, id=f"{kind}: {refused + right} mutants, {refused} refused, {right} right")
-        for kind, (_, refused, right) in KINDS.items()
+        pytest.param(kind, id=f"{kind}: {without + having} mutants, {without} of them without a meaning")
+        for kind, (_, without, having) in KINDS.items()
     ],
 )
 def test_every_mutant_is_refused_or_merged_right(kind: str, command: Callable[..., Ran], tmp_path: Path) -> None:
-    build, refused, right = KINDS[kind]
+    build, without_meaning, with_meaning = KINDS[kind]
     found = Counter[str]()
     failures: list[str] = []
     for what, case in mutants(build()):
@@ -718,25 +718,33 @@ def test_every_mutant_is_refused_or_merged_right(kind: str, command: Callable[..
         found[verdict] += 1
         failures += [f"{what}: {problem}" for problem in problems]
         shutil.rmtree(folder)
+    print(f"{kind}: {found['refused'] + found['refused in caution']} refused, {found['merged']} merged right")
     assert failures == []
-    assert found == {"refused": refused, "right": right}
+    assert (found["refused"], found["merged"] + found["refused in caution"]) == (without_meaning, with_meaning)
+    assert found["refused in caution"] <= with_meaning // 4, found
+
+
+def test_a_mini_block_is_for_a_weight_that_has_rows(command: Callable[..., Ran], tmp_path: Path) -> None:
+    case = block_adapter("mini")
+    case.tensors[f"{UP}.weight"] = case.tensors[f"{UP}.weight"][:0]
+    ran = command(*write(case, tmp_path), "-o", tmp_path / "output")
+    assert "Adapter does not fit model.layers.1.mlp.up_proj" in checked_refusal(ran, tmp_path / "output")
 
 
 def judged(case: Case, command: Callable[..., Ran], folder: Path) -> tuple[str, list[str]]:
-    """What became of a case, and what is wrong with that."""
+    """What became of a case, and what is wrong with that. To refuse more than must be is no mistake."""
     wanted = expected(case)
     ran = command(*write(case, folder), "-o", folder / "output")
     if ran.status == 0:
-        return "right", ["it was merged, and means nothing"] if wanted is None else wrong(folder / "output", wanted)
+        return "merged", ["it means nothing"] if wanted is None else wrong(folder / "output", wanted)
     assert checked_refusal(ran, folder / "output")
-    return "refused", []
+    return "refused" if wanted is None else "refused in caution", []
 
 
-def test_there_are_thousands_of_mutants_and_both_verdicts_are_common() -> None:
-    refused, right = (sum(kind[place] for kind in KINDS.values()) for place in (1, 2))
-    print(f"{refused + right} mutants: {refused} refused, {right} merged right")
-    assert refused > 2000
-    assert right > 1000
+def test_there_are_thousands_of_mutants_and_both_kinds_are_common() -> None:
+    without, having = (sum(kind[place] for kind in KINDS.values()) for place in (1, 2))
+    assert without > 2000
+    assert having > 1000
 
 
 @pytest.mark.parametrize("kind", KINDS)

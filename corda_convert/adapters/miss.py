@@ -59,7 +59,7 @@ class BlockFactors(UsualChange):
         r, shape = self.rank, self.block.shape
         fits = {
             "balance": r <= d_in and shape == (r, d_out),
-            "mini": r <= d_in and d_out % max(shape[-1], 1) == 0,
+            "mini": r <= d_in and 0 < shape[-1] <= d_out and d_out % shape[-1] == 0,
             "bat": d_in % r == 0 and d_out % r == 0 and shape == (d_out // r, r, r),
             "input-bat": d_in % r == 0 and d_out % r == 0 and shape == (d_in // r, r, r),
         }[self.mode]
