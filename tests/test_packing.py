@@ -347,7 +347,7 @@ def test_a_budget_below_one_slot_is_refused_and_the_worst_step_named() -> None:
     assert str(refused.value) == (
         f"The run needs {least / 1e6:.1f} MB, of which 0.0 MB are the program itself; --max-memory allows "
         f"{(least - 1) / 1e6:.1f} MB. The worst step is large.\n"
-        f"Allow --max-memory {-(-least // 10**6) + 10}MB, or leave that tensor out."
+        f"Allow --max-memory {-(-least // 10**6) + 10}MB."
     )
 
 

@@ -62,7 +62,7 @@ def pack(
         raise MemoryBudgetExceeded(
             f"The run needs {_megabytes(needed)}, of which {_megabytes(held_bytes)} are the program itself; --max-memory "
             f"allows {_megabytes(max_memory_bytes)}. The worst step is {plan.worst_job or 'a copy'}.",
-            next_step=f"Allow --max-memory {-(-needed // 10**6) + 10}MB, or leave that tensor out.",
+            next_step=f"Allow --max-memory {-(-needed // 10**6) + 10}MB.",
         )
     return plan
 
