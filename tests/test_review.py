@@ -400,3 +400,12 @@ def test_trained_tokens_go_into_a_head_that_differs_though_the_config_ties_it(do
         torch.testing.assert_close(merged(tokens).logits, trained(tokens).logits, rtol=1e-5, atol=1e-4)
     head, before = (load_file(folder / "model.safetensors")["lm_head.weight"] for folder in (tmp_path / "out", base))
     assert (head != before).any(dim=1).nonzero().flatten().tolist() == [3, 5]
+
+
+def test_a_head_of_which_nothing_but_the_config_speaks_is_missed(done: Command, tmp_path: Path) -> None:
+    """A classifier's adapter on a language model, without its head."""
+    base = write_checkpoint(tmp_path / "base")
+    for saved, warned in ((["classifier", "score"], True), (None, False)):
+        adapter = write_lora(tmp_path / f"lora{warned}", modules_to_save=saved)
+        ran = done("merge", base, "--adapter", adapter, "-o", tmp_path / f"out{warned}")
+        assert ("modules_to_save classifier, score, which neither its file nor base has" in ran.err) is warned

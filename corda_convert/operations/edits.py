@@ -8,7 +8,7 @@ from typing import Any
 
 from corda_convert.adapters.factors import Adapter, Layout, ParameterChange, block_of
 from corda_convert.adapters.replacements import is_module_to_save, originals
-from corda_convert.adapters.source import CONFIG_FILE
+from corda_convert.adapters.source import CONFIG_FILE, AdapterSource
 from corda_convert.checkpoint.comparison import same_values
 from corda_convert.checkpoint.dequantized import written_dtype
 from corda_convert.checkpoint.layout import matrix_shape, whole
@@ -176,9 +176,22 @@ def collect_edits(applied: Sequence[Applied], fitted: Sequence[Sequence[Fitted]]
     raise_problems(_size_problems(tensors, names))
     warnings = [each.warning() for each in settled.untied]
     for source in (one.adapter.source for one in applied):
+        warnings += _nothing_saved(source, names)
         warnings += tokenizer_warnings(source.name, source.folder, vocabulary, names)
     config = settled.config if vocabulary is None else vocabulary.config
     return Edits(tensors, config, settled.untied, vocabulary, tuple(warnings))
+
+
+def _nothing_saved(source: AdapterSource, names: NameMap) -> tuple[str, ...]:
+    """A warning of modules_to_save that nothing is called: all that is left of a head that the file lacks."""
+    saved = source.config.get("modules_to_save") or []
+    there = (*source.tensors, *(names.known or names.checkpoint.tensors))
+    if not saved or any(is_module_to_save(source, name) for name in there):
+        return ()
+    return (
+        f"{source.name}: {CONFIG_FILE} has modules_to_save {some(map(str, saved))}, which neither its file nor "
+        f"{names.checkpoint.name} has. If it was trained with a head of its own, that is not in the output.",
+    )
 
 
 @dataclass(slots=True)
