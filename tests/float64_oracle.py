@@ -80,6 +80,8 @@ class Model:
 
     weights: dict[str, Weight]
     tied: dict[str, str] = field(default_factory=dict)
+    head_follows: bool = False
+    """Whether the config ties a head that has values of its own: PEFT trains the embedding's tokens in it, too."""
 
     def change(self, name: str, values: Tensor, magnitude: float) -> None:
         name = self.tied.get(name, name)
@@ -98,8 +100,10 @@ def merged(
     """Every weight of the output. Raises `Meaningless`."""
     model = Model(plain(tensors, config))
     has_head = config.get("architectures") != ["LlamaModel"]
-    if config.get("tie_word_embeddings") and has_head and "lm_head.weight" not in tensors:
-        model.tied["lm_head.weight"] = "model.embed_tokens.weight"
+    if config.get("tie_word_embeddings") and has_head:
+        model.head_follows = "lm_head.weight" in tensors
+        if not model.head_follows:
+            model.tied["lm_head.weight"] = "model.embed_tokens.weight"
     for adapter in adapters:
         one = {"LORA": lora, "MISS": blocks, "BONE": blocks, "TRAINABLE_TOKENS": tokens_alone}
         kind = adapter.config.get("peft_type")
@@ -228,6 +232,7 @@ def lora(model: Model, adapter: AdapterFiles) -> None:
     if config.get("trainable_token_indices") and not tokens:
         raise Meaningless("no trainable tokens")
     replace(model, config, rest)
+    model.head_follows &= not any(name.startswith("lm_head") for name in tokens)
     for name, found in modules.items():
         if name in tokens:
             if len(found) > 1:
@@ -405,6 +410,10 @@ def rows(model: Model, name: str, given: Tensor, indices: Any) -> None:
     changed = weight.clone()
     changed[indices] = given
     model.change(f"{name}.weight", changed, float(given.abs().max()))
+    if model.head_follows and name.endswith("embed_tokens"):
+        head = model.matrix("lm_head.weight").clone()
+        head[indices] = given
+        model.change("lm_head.weight", head, float(given.abs().max()))
 
 
 def replace(model: Model, config: Mapping[str, Any], rest: Mapping[str, Tensor]) -> None:
