@@ -1,5 +1,5 @@
 """`python -m corda_convert`."""
 
-from corda_convert.cli import main
+from corda_convert.cli import run
 
-main()
+run()

@@ -357,3 +357,14 @@ def test_the_number_of_threads_does_not_change_a_byte(done: Command, tmp_path: P
     finally:
         torch.set_num_threads(before)
     assert weight_files(tmp_path / "1") == weight_files(tmp_path / "2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"), [(("--version",), 0), (("merge", "nowhere", "-o", "out"), 1), (("x",), 2)]
+)
+def test_the_program_ends_with_its_status_and_all_that_it_said(arguments: tuple[str, ...], status: int) -> None:
+    """It ends without taking the interpreter apart; what it printed must be out before."""
+    command = [sys.executable, "-m", "corda_convert", *arguments]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == status
+    assert (ran.stdout if status == 0 else ran.stderr).endswith("\n")

@@ -11,7 +11,6 @@ from typing import Protocol
 from corda_convert.checkpoint.tensors import TensorFile
 from corda_convert.errors import MalformedFile
 
-
 PAGE_BYTES = 4096
 """The unit in which files are cached, and written past the cache."""
 

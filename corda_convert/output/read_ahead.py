@@ -15,7 +15,7 @@ from types import TracebackType
 
 from corda_convert.output.digests import SequentialDigest
 
-PIECE_BYTES = 16 << 20
+PIECE_BYTES = 32 << 20
 """Read at once: long enough that the thread seldom waits for the interpreter's lock."""
 
 
