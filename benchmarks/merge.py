@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,14 @@ def run_once(contender: str, model: Path, adapter: Path, output: Path, arguments
     """One measured run. The output is new, and stays for the caller to remove."""
     _remove([output])
     line = command(contender, model, adapter, output, arguments)
+    if arguments.disk:
+        os.sync()
+        Path("/proc/sys/vm/drop_caches").write_text("3\n")
     result = measure(line, log=arguments.work / f"{contender}.log")
+    if arguments.disk:
+        begun = time.perf_counter()
+        os.sync()
+        result = replace(result, wall_seconds=result.wall_seconds + time.perf_counter() - begun)
     shutil.rmtree(_cache(output), ignore_errors=True)
     note(f"  {contender}: {result.wall_seconds:.2f} s, {result.peak_rss_bytes / 1e6:.0f} MB")
     return result
@@ -250,6 +258,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=5, help="runs of each contender (5)")
     parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda, for all but cp")
     parser.add_argument("--no-compare", dest="compare", action="store_false", help="do not compare the outputs")
+    parser.add_argument("--disk", action="store_true", help="from disk to disk: cold page cache, flushed output (root)")
     parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for inputs and outputs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save the raw numbers")
     return parser.parse_args()

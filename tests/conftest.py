@@ -1,5 +1,6 @@
 """What all tests share: the command line in this process, and how it refuses."""
 
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from corda_convert.cli import main
 
 settings.register_profile("corda-convert", deadline=None, derandomize=True)
 settings.load_profile("corda-convert")
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started with the interrupt ignored
 
 
 @dataclass(frozen=True)
