@@ -13,7 +13,8 @@ from corda_convert.cli import main
 settings.register_profile("corda-convert", deadline=None, derandomize=True)
 settings.load_profile("corda-convert")
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started with the interrupt ignored
+# A job in the background is started with the interrupt ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)
