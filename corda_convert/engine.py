@@ -165,13 +165,17 @@ class _Run:
             self.free.put(None)  # a slot is allocated when it is first needed
 
     def run(self) -> RunRecord:
+        from corda_convert.linalg.threads import one_thread
+
         begun = time.perf_counter()
         workers = [self._compute_all] * self.plan.workers
         loops = [self._read_all, *workers, self._copy_all, self._write_all, self._hash_all]
         threads = [
             threading.Thread(target=self._guard, args=(loop,), name=loop.__name__, daemon=True) for loop in loops
         ]
-        with _threads_each(self.plan.workers), contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
+            if self.plan.workers > 1:  # torch's own threads would wait for each other, and for the hashing
+                stack.enter_context(one_thread())
             for file in self.plan.files:
                 self.writers[file.name] = stack.enter_context(self._open(file))
             try:
@@ -433,20 +437,6 @@ def _open_files() -> int:
         return sum(1 for _ in Path("/dev/fd").iterdir())
     except OSError:
         return 128
-
-
-@contextlib.contextmanager
-def _threads_each(workers: int) -> Iterator[None]:
-    """Gives each of several workers one CPU thread: torch's own threads would wait for each other, and for the hashing."""
-    import torch
-
-    threads = torch.get_num_threads()
-    if workers > 1:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _parts(slot: torch.Tensor, parts: Sequence[Read | Write]) -> Iterator[torch.Tensor]:

@@ -185,10 +185,6 @@ class NameMap:
         placed = self._substitute_prefix([tuple(names) for names in wanted])
         return [self._disk_target(placed[tuple(names)]) if placed else None for names in wanted]
 
-    def module_of(self, tensor_name: str) -> str:
-        """The run-time module path of a disk tensor."""
-        return self._run_time_names.get(tensor_name, tensor_name).rpartition(".")[0]
-
     def is_tied(self, tensor_name: str) -> bool:
         """Whether another parameter shares this tensor."""
         if self.structure is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -71,20 +71,6 @@ SMALL_SIDE = 512
 """Below this an eigenproblem runs on one thread: threads would only wait for each other, on a busy machine for long."""
 
 
-@contextlib.contextmanager
-def threads_for(side: int) -> Iterator[None]:
-    """One CPU thread for a small matrix, all of torch's for a large one."""
-    import torch
-
-    threads = torch.get_num_threads()
-    if side < SMALL_SIDE:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 @dataclass(slots=True)
 class _DecomposeSession:
     transform: DecomposeTransform
@@ -97,8 +83,11 @@ class _DecomposeSession:
     def step(self, first_row: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         import torch
 
+        from corda_convert.linalg.threads import one_thread
+
         begun = time.perf_counter()
-        with threads_for(min(self.transform.weight.shape)):
+        is_small = min(self.transform.weight.shape) < SMALL_SIDE
+        with one_thread() if is_small else contextlib.nullcontext():
             try:
                 self._decompose(inputs, outputs)
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
