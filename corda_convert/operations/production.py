@@ -17,6 +17,7 @@ from corda_convert.checkpoint.pickle_file import PickleFile
 from corda_convert.checkpoint.safetensors_file import SafetensorsFile
 from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorFile
 from corda_convert.operations import process_memory
+from corda_convert.operations.covariance_warnings import covariance_warnings
 from corda_convert.operations.dequantize import DequantizeTransform
 from corda_convert.operations.options import Outcome, RunOptions, resolve_device
 from corda_convert.operations.rounding import rounding_warnings
@@ -193,7 +194,8 @@ def _fill(
         side_file.write(folder)
     tensors = _tensor_facts(plan, record.facts)
     summary = summarize(tensors)
-    receipt = {**receipt, "warnings": [*receipt["warnings"], *rounding_warnings(tensors)]}
+    found = (*rounding_warnings(tensors), *covariance_warnings(tensors, receipt.get("covariances")))
+    receipt = {**receipt, "warnings": [*receipt["warnings"], *found]}
     facts = {**receipt, "inputs": _inputs(production, record.input_digests), "tensors": tensors, "summary": summary}
     card = render_card(production.card, facts, repo_id=run.push_to, folder_name=production.output.name)
     (folder / "README.md").write_text(card, encoding="utf-8")

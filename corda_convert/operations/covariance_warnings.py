@@ -1,0 +1,96 @@
+"""Whether the covariances of a decomposition had enough text behind them, judged by what the run found of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+TOKENS_PER_INPUT = 10
+"""With n = 10·d tokens the eigenvalues of a sample covariance lie between 0.47 and 1.73 times the true ones, where tokens
+are independent (Marchenko and Pastur, 1967); with fewer, the smallest are mostly chance."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """What is known of the covariance of one module: `rank` of `side` directions, None for what is not known."""
+
+    module: str
+    side: int
+    rank: int
+    samples: int | None
+    tokens: int | None
+    condition: float | None
+
+    @property
+    def is_deficient(self) -> bool:
+        return self.rank < self.side
+
+    @property
+    def has_few_tokens(self) -> bool:
+        return not self.is_deficient and self.tokens is not None and self.tokens < TOKENS_PER_INPUT * self.side
+
+    def origin(self) -> str:
+        counts = [(self.tokens, "tokens"), (self.samples, "samples")]
+        known = " of ".join(f"{count:,} {what}" for count, what in counts if count is not None)
+        return f", from {known}" if known else ""
+
+    def share(self) -> float:
+        return (self.rank if self.is_deficient or self.tokens is None else self.tokens) / self.side
+
+
+def covariance_warnings(
+    entries: Iterable[Mapping[str, Any]], collected: Mapping[str, Any] | None = None
+) -> tuple[str, ...]:
+    """A warning where covariances are rank-deficient, and one where few tokens went into them.
+
+    `entries` are the receipt's facts by tensor; those of a decomposition have
+    `covariance: {samples, tokens, rank, side, condition}`. `collected` has `samples` and `tokens` of all of them, where
+    the entries do not say. Each token adds one to the rank at most: with fewer tokens than inputs it is deficient for
+    certain.
+    """
+    judged = [_judge(entry, entry["covariance"], collected or {}) for entry in entries if entry.get("covariance")]
+    deficient = [each for each in judged if each.is_deficient]
+    few = [each for each in judged if each.has_few_tokens]
+    warnings = []
+    if deficient:
+        worst = min(deficient, key=_Judged.share)
+        condition = "" if worst.condition is None else f" (condition {worst.condition:.1g})"
+        warnings.append(
+            f"The covariances of {len(deficient)} of {len(judged)} modules are rank-deficient; the worst is that of "
+            f"{worst.module}, of rank {worst.rank:,} for {worst.side:,} inputs{condition}{worst.origin()}. In directions that "
+            f"no token took, the decomposition goes by the weights alone. Collect {TOKENS_PER_INPUT * worst.side:,} tokens or "
+            "more of varied text."
+        )
+    if few:
+        worst = min(few, key=_Judged.share)
+        warnings.append(
+            f"Few tokens went into the covariances of {len(few)} of {len(judged)} modules: {worst.share():.1f} for each input "
+            f"of {worst.module}, which has {worst.side:,}{worst.origin()}. The smallest directions are then mostly chance. "
+            f"Collect {TOKENS_PER_INPUT} or more for each input."
+        )
+    return tuple(warnings)
+
+
+def _judge(entry: Mapping[str, Any], facts: Mapping[str, Any], collected: Mapping[str, Any]) -> _Judged:
+    samples, tokens = (
+        _count(collected.get(key) if facts.get(key) is None else facts[key]) for key in ("samples", "tokens")
+    )
+    side = int(facts["side"])
+    bounds = [side, *(count for count in (_count(facts.get("rank")), tokens) if count is not None)]
+    condition = facts.get("condition")
+    return _Judged(
+        module=str(entry.get("module") or entry["name"]),
+        side=side,
+        rank=min(bounds),
+        samples=samples,
+        tokens=tokens,
+        condition=None if condition is None else float(condition),
+    )
+
+
+def _count(value: object) -> int | None:
+    """A count, also as the text that a file's metadata has."""
+    if isinstance(value, str):
+        return int(value) if value.isascii() and value.isdecimal() and len(value) < 19 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
