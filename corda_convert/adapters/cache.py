@@ -79,6 +79,15 @@ class CacheFile:
         self._file.close()
 
 
+def is_cache(path: Path) -> bool:
+    """Whether the file is such a cache."""
+    try:
+        _entries(path, PickleFile(path))
+    except CordaConvertError:
+        return False
+    return True
+
+
 def read_cache(path: Path, adapter: Adapter) -> Adapter:
     """The initial adapter that PEFT makes of a cache file for the ranks and scalings of `adapter`.
 
