@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from corda_convert.adapters.factors import Adapter
 from corda_convert.adapters.lora import LoraFactors
@@ -79,10 +79,41 @@ class CacheFile:
         self._file.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """A cache file: what it holds for each module, by the names that the model had."""
+
+    file: PickleFile
+    modules: Mapping[str, Eigens]
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    def adapter(self, scalings: Mapping[str, float], config: Mapping[str, Any]) -> Adapter:
+        """The initial adapter of these modules: `A₀ = √(S/s)·Vᵀ` and `B₀ = U·√(S/s)` in float32, as PEFT computes them.
+
+        `config` is what its `adapter_config.json` says.
+        """
+        made = CacheFile(self.file, {name: _Scaled(self.modules[name], scaling) for name, scaling in scalings.items()})
+        tensors = {name: TensorRef(made, spec) for name, spec in made.specs.items()}
+        factors = tuple(
+            LoraFactors(name, tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"], scaling)
+            for name, scaling in scalings.items()
+        )
+        return Adapter(AdapterSource(self.path, dict(config), made, tensors), "lora", "plain", factors)
+
+
+def open_cache(path: Path) -> Cache:
+    """Reads the header of a cache file. Raises `InputNotFound`, or `MalformedFile` for a file of another kind."""
+    file = PickleFile(path)
+    return Cache(file, _entries(path, file))
+
+
 def is_cache(path: Path) -> bool:
     """Whether the file is such a cache."""
     try:
-        _entries(path, PickleFile(path))
+        open_cache(path).file.close()
     except CordaConvertError:
         return False
     return True
@@ -91,13 +122,13 @@ def is_cache(path: Path) -> bool:
 def read_cache(path: Path, adapter: Adapter) -> Adapter:
     """The initial adapter that PEFT makes of a cache file for the ranks and scalings of `adapter`.
 
-    `A₀ = √(S/s)·Vᵀ` and `B₀ = U·√(S/s)` in float32, as PEFT computes them. Raises `MalformedFile` for a file of another
-    kind, `AdapterMismatch` where it is not of this training; all problems together.
+    Raises `MalformedFile` for a file of another kind, `AdapterMismatch` where it is not of this training; all problems
+    together.
     """
-    file = PickleFile(path)
-    found = _entries(path, file)
+    cache = open_cache(path)
+    found = cache.modules
     problems: list[CordaConvertError] = []
-    modules: dict[str, _Scaled] = {}
+    scalings: dict[str, float] = {}
     trained = {change.module_name: change for change in adapter.modules if isinstance(change, LoraFactors)}
     if missing := [name for name in trained if name not in found]:
         problems.append(
@@ -126,16 +157,9 @@ def read_cache(path: Path, adapter: Adapter) -> Adapter:
                 )
             )
             continue
-        modules[name] = _Scaled(eigens, factors.scaling)
+        scalings[name] = factors.scaling
     raise_problems(problems)
-    made = CacheFile(file, modules)
-    tensors = {name: TensorRef(made, spec) for name, spec in made.specs.items()}
-    source = AdapterSource(path, dict(adapter.source.config), made, tensors)
-    initial = tuple(
-        LoraFactors(name, tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"], scaled.scaling)
-        for name, scaled in modules.items()
-    )
-    return Adapter(source, "lora", "plain", initial)
+    return cache.adapter(scalings, adapter.source.config)
 
 
 def _shown(shapes: Mapping[str, tuple[int, ...]]) -> str:

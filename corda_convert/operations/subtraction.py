@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from corda_convert.adapters import read_adapter
 from corda_convert.adapters.factors import Adapter
 from corda_convert.adapters.lora import LoraFactors
-from corda_convert.adapters.source import CONFIG_FILE
+from corda_convert.adapters.source import CONFIG_FILE, PEFT_PREFIX
 from corda_convert.checkpoint.folder import INITIAL_ADAPTER_FOLDER, Checkpoint
 from corda_convert.checkpoint.names import NameMap
+from corda_convert.checkpoint.tensors import TensorSpec
 from corda_convert.errors import UnsupportedInput, some
 from corda_convert.operations import evidence
 from corda_convert.operations.belonging import Part, fit_all, matrices, structure_for
@@ -20,9 +22,31 @@ from corda_convert.operations.edits import Applied, collect_edits, produced
 from corda_convert.operations.model_side import model_side_files, transformers_card, with_snippet
 from corda_convert.operations.options import Outcome, RunOptions
 from corda_convert.operations.production import Input, Production, checkpoint_files, produce, read_ahead
+from corda_convert.operations.shares import Matrices
 from corda_convert.operations.transforms import CastTransform, FoldTransform
 from corda_convert.output.side_files import json_file, override
 from corda_convert.plan.model import OutputFileSpec, Produced
+
+
+@dataclass(frozen=True, slots=True)
+class Taking:
+    """Initial factors that are taken out of a model, and on whose behalf.
+
+    Attributes:
+        initial: the adapter, of plain LoRA factors.
+        command: the command that is run.
+        options: what the user chose, for the receipt.
+        role: what the adapter's file is among the inputs.
+        origin: where the adapter comes from, for the model card.
+        check: refuses factors that are no part of the model.
+    """
+
+    initial: Adapter
+    command: str
+    options: Mapping[str, Any]
+    role: str
+    origin: str
+    check: Callable[[Adapter, Matrices, Checkpoint], None] | None
 
 
 def subtract(checkpoint: Checkpoint, init: Path, output: Path, run: RunOptions, *, as_is: bool) -> Outcome:
@@ -32,13 +56,27 @@ def subtract(checkpoint: Checkpoint, init: Path, output: Path, run: RunOptions, 
     """
     initial = read_adapter(init)
     _check_kind(initial)
+    options = {"model": checkpoint.name, "subtract": initial.source.name, "as_is": as_is, "dtype": run.dtype}
+    origin = f"the adapter `{initial.source.name}` that was taken out of it"
+    check = None if as_is else evidence.check_subtracted
+    return take_out(checkpoint, Taking(initial, "merge", options, "init", origin, check), output, run)
+
+
+def take_out(
+    checkpoint: Checkpoint, taking: Taking, output: Path, run: RunOptions, names: NameMap | None = None
+) -> Outcome:
+    """Writes the residual that the factors leave, and the factors in `output/corda_init`.
+
+    Raises one of our errors; then nothing was written.
+    """
+    initial = taking.initial
     factors = replace(initial, replacements={}, bases={})
     with read_ahead((initial.source.file, *checkpoint.shards), run) as ahead:
-        names = NameMap(checkpoint, structure_for(checkpoint, [factors]))
+        names = names or NameMap(checkpoint, structure_for(checkpoint, [factors]))
         applied = [Applied(factors, -1.0)]
         fitted = fit_all(applied, names)
-        if not as_is:
-            evidence.check_subtracted(initial, matrices(fitted[0], checkpoint), checkpoint)
+        if taking.check is not None:
+            taking.check(initial, matrices(fitted[0], checkpoint), checkpoint)
         edits = collect_edits(applied, fitted, names)
         touched = _precise(produced(edits, names, run.output_dtype, "nearest"))
         config = dict(initial.source.config) | {
@@ -48,12 +86,12 @@ def subtract(checkpoint: Checkpoint, init: Path, output: Path, run: RunOptions, 
         side_files, left = model_side_files(checkpoint, run, config=edits.config)
         adapter_config = json_file(f"{INITIAL_ADAPTER_FOLDER}/{CONFIG_FILE}", config)
         production = Production(
-            command="merge",
-            options={"model": checkpoint.name, "subtract": initial.source.name, "as_is": as_is, "dtype": run.dtype},
+            command=taking.command,
+            options=taking.options,
             output=output,
             inputs=(
                 Input("model", checkpoint.root, checkpoint.shards),
-                Input("init", initial.source.folder, (initial.source.file,), digest_always=True),
+                Input(taking.role, initial.source.folder, (initial.source.file,), digest_always=True),
             ),
             files=(*checkpoint_files(checkpoint, touched, run.output_dtype), _adapter_file(initial)),
             side_files=override(side_files, (adapter_config,)),
@@ -64,9 +102,9 @@ def subtract(checkpoint: Checkpoint, init: Path, output: Path, run: RunOptions, 
             card=with_snippet(
                 transformers_card(
                     checkpoint,
-                    f"The residual of `{checkpoint.name}` and, in `{INITIAL_ADAPTER_FOLDER}/`, the adapter "
-                    f"`{initial.source.name}` that was taken out of it, to train beside it. The two together equal the base "
-                    "model; the residual alone does not, so train and load them together.",
+                    f"The residual of `{checkpoint.name}` and, in `{INITIAL_ADAPTER_FOLDER}/`, {taking.origin}, to train "
+                    "beside it. The two together equal the base model; the residual alone does not, so train and load them "
+                    "together.",
                     relation="finetune",
                     tags=("residual",),
                 ),
@@ -100,9 +138,12 @@ def _precise(touched: Mapping[str, Sequence[Produced]]) -> dict[str, tuple[Produ
 
 
 def _adapter_file(initial: Adapter) -> OutputFileSpec:
-    """The initial adapter's tensors as they are."""
+    """The initial adapter's tensors as they are, by PEFT's names."""
     tensors = tuple(
-        Produced(ref.spec, CastTransform(ref, ref.spec.dtype, action="carried"))
-        for ref in initial.source.tensors.values()
+        Produced(
+            TensorSpec(f"{PEFT_PREFIX}{key}", ref.spec.dtype, ref.shape),
+            CastTransform(ref, ref.spec.dtype, action="carried"),
+        )
+        for key, ref in initial.source.tensors.items()
     )
     return OutputFileSpec(INITIAL_ADAPTER_WEIGHTS, tensors, {"format": "pt"})
