@@ -68,6 +68,23 @@ class Damp(click.ParamType):  # type: ignore[type-arg,unused-ignore]
             self.fail(f"{value!r} is neither a number nor 'peft'", param, ctx)
 
 
+class Pattern(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """`NAME=VALUE`: a pattern for module names, and a value of another type."""
+
+    name = "name=value"
+
+    def __init__(self, value_type: click.ParamType) -> None:  # type: ignore[type-arg,unused-ignore]
+        self.value_type = value_type
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        pattern, separator, number = str(value).rpartition("=")
+        if not separator or not pattern:
+            self.fail(f"{value!r} is not NAME=VALUE", param, ctx)
+        return pattern, self.value_type.convert(number, param, ctx)
+
+
 def run_options(command: _Command) -> _Command:
     """The options that every command that writes a folder has."""
     options = (
@@ -109,24 +126,66 @@ def cli() -> None:
 @click.option("--cov", "covariances", type=click.Path(path_type=Path), help="Covariances: safetensors, or PEFT's file.")
 @click.option(
     "--mode",
-    required=True,
     type=click.Choice(["ipm", "kpm"]),
     help="ipm: the largest components, to learn the task. kpm: the smallest, to keep the knowledge.",
 )
-@click.option("--rank", required=True, type=click.IntRange(min=1), help="Rank of the adapter.")
-@click.option("--alpha", type=float, help="lora_alpha. [default: the rank, a scaling of 1]")
+@click.option("--rank", type=click.IntRange(min=1), help="Rank of the adapter.")
+@click.option("--alpha", type=float, help="lora_alpha. [default: the rank, a scaling of 1; with --rslora its root]")
+@click.option("--rslora", is_flag=True, help="Scale by alpha / √rank, as PEFT's use_rslora does, not by alpha / rank.")
 @click.option(
-    "--method", default="corda", show_default=True, type=click.Choice(["corda", "svd"]), help="svd is PiSSA's."
+    "--rank-pattern",
+    multiple=True,
+    type=Pattern(click.IntRange(min=1)),
+    metavar="NAME=RANK",
+    help="Another rank for some modules: end of path or regex, as in PEFT's rank_pattern; repeatable, the first counts.",
 )
+@click.option(
+    "--alpha-pattern",
+    multiple=True,
+    type=Pattern(click.FLOAT),
+    metavar="NAME=ALPHA",
+    help="Another lora_alpha for some modules; repeatable. [default without --alpha: each module's rank]",
+)
+@click.option(
+    "--method",
+    default="corda",
+    show_default=True,
+    type=click.Choice(["corda", "svd", "asvd", "svd-llm"]),
+    help="Components of the weight times: corda the covariance, svd nothing (PiSSA), asvd mean absolute inputs, svd-llm the "
+    "covariance's root.",
+)
+@click.option("--asvd-alpha", type=float, help="Power of the mean absolute inputs in asvd. [default: 0.5]")
 @click.option(
     "--target",
     "targets",
     multiple=True,
     metavar="NAME",
-    help="Module to decompose: path, end of path, or regex; repeatable. [default: every Linear but lm_head]",
+    help="Module to decompose: path, end of path, or regex for the path; repeatable. [default: all-linear, which is every "
+    "Linear but lm_head]",
+)
+@click.option("--exclude", "excluded", multiple=True, metavar="NAME", help="Module to leave out; as --target.")
+@click.option("--damp", type=Damp(), help="Damping of corda's covariance; peft: PEFT's own rule. [default: 0.01]")
+@click.option(
+    "--solver",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "dense", "krylov"]),
+    help="dense: all eigenvectors. krylov: only the wanted ones. auto: by size, rank and end.",
 )
 @click.option(
-    "--damp", default="0.01", show_default=True, type=Damp(), help="Covariance damping; peft: PEFT's own rule."
+    "--no-residual", is_flag=True, help="Write the adapter alone, to OUTPUT; merge --subtract makes the residual."
+)
+@click.option(
+    "--write-cache",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Also write PEFT's CorDA cache_file, from which preprocess_corda starts with these very factors.",
+)
+@click.option(
+    "--truncate",
+    type=click.IntRange(min=1),
+    metavar="R",
+    help="Instead of an adapter: discard the R smallest components of each module, and write a dense model.",
 )
 @run_options
 def decompose(model: Path, covariances: Path | None, **options: Any) -> None:
@@ -138,11 +197,21 @@ def decompose(model: Path, covariances: Path | None, **options: Any) -> None:
       residual = AutoModelForCausalLM.from_pretrained(OUTPUT)
       model = PeftModel.from_pretrained(residual, OUTPUT, subfolder="corda_init", is_trainable=True)
 
+    Targets, exclusions and patterns are matched as PEFT matches them.
+
     \b
     Example:
       corda-convert decompose fixtures/model --cov fixtures/covariances/knowledge.safetensors \\
         --mode kpm --rank 8 -o residual
+
+    \b
+    Another rank for some modules; only the adapter; or a dense model without its 4 smallest components:
+      corda-convert decompose fixtures/model --method svd --mode ipm --rank 8 --rslora \\
+        --rank-pattern down_proj=16 --exclude o_proj -o pissa
+      corda-convert decompose fixtures/model --method svd --mode ipm --rank 8 --no-residual -o init
+      corda-convert decompose fixtures/model --cov fixtures/covariances/task.safetensors --truncate 4 -o truncated
     """
+    _check_decompose_usage(options)
     output = _check_paths(options, ("model", model), ("covariance file", covariances))
     from corda_convert.operations import decompose as operation
 
@@ -151,12 +220,43 @@ def decompose(model: Path, covariances: Path | None, **options: Any) -> None:
         rank=options["rank"],
         alpha=options["alpha"],
         method=options["method"],
-        damp=options["damp"],
+        damp=0.01 if options["damp"] is None else options["damp"],
         targets=options["targets"],
+        excluded=options["excluded"],
+        rslora=options["rslora"],
+        rank_pattern=dict(options["rank_pattern"]),
+        alpha_pattern=dict(options["alpha_pattern"]),
+        truncate=options["truncate"],
+        residual=not options["no_residual"],
+        solver=options["solver"],
+        asvd_alpha=0.5 if options["asvd_alpha"] is None else options["asvd_alpha"],
+        write_cache=options["write_cache"],
     )
     _report(
         operation.decompose(model, output=output, options=chosen, covariances=covariances, run=_run(options)), options
     )
+
+
+def _check_decompose_usage(options: dict[str, Any]) -> None:
+    """Raises `click.UsageError` for options that are missing, contradict each other, or would have no effect."""
+    of_adapters = ("mode", "rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", "no_residual", "write_cache")
+    if options["truncate"] is not None:
+        given = [f"--{name.replace('_', '-')}" for name in of_adapters if options[name] not in (None, False, ())]
+        if given:
+            raise click.UsageError(f"--truncate makes no adapter; leave out {', '.join(given)}.")
+    else:
+        for name in ("mode", "rank"):
+            if options[name] is None:
+                raise click.UsageError(f"Missing option '--{name}' (or '--truncate').")
+    for name, method in (("damp", "corda"), ("asvd_alpha", "asvd")):
+        if options[name] is not None and options["method"] != method:
+            raise click.UsageError(f"--{name.replace('_', '-')} is for --method {method}.")
+    if options["no_residual"] and options["dtype"] is not None:
+        raise click.UsageError("--dtype is for the residual, which --no-residual does not write.")
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = [pattern for pattern, _ in options[name]]
+        if len(set(patterns)) != len(patterns):
+            raise click.UsageError(f"--{name.replace('_', '-')} has a name twice.")
 
 
 @cli.command()

@@ -262,13 +262,13 @@ def test_numbers_that_make_no_sense_are_refused(
         (
             "qkv_proj",
             "--target 'qkv_proj' matches no Linear layer.\n"
-            "The layers end in: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj.",
+            "The layers end in: down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj.",
         ),
         ("(", "--target '(' is no name and no regular expression: missing ), unterminated subpattern at position 0."),
         (
-            "lm_head",
-            "--target 'lm_head' matches no Linear layer.\n"
-            "The layers end in: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj.",
+            "embed_tokens",
+            "--target 'embed_tokens' matches no Linear layer.\n"
+            "The layers end in: down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj.",
         ),
     ],
 )

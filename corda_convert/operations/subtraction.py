@@ -17,7 +17,7 @@ from corda_convert.checkpoint.tensors import TensorSpec
 from corda_convert.errors import UnsupportedInput, some
 from corda_convert.operations import evidence
 from corda_convert.operations.belonging import Part, fit_all, matrices, structure_for
-from corda_convert.operations.decompose import INITIAL_ADAPTER_WEIGHTS, RESIDUAL_SNIPPET
+from corda_convert.operations.decompose_output import INITIAL_ADAPTER_WEIGHTS, RESIDUAL_SNIPPET
 from corda_convert.operations.edits import Applied, collect_edits, produced
 from corda_convert.operations.model_side import model_side_files, transformers_card, with_snippet
 from corda_convert.operations.options import Outcome, RunOptions

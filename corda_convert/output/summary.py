@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ def describe(receipt: Mapping[str, Any], output: Path) -> str:
     memory = f"  memory   {size(run['peak_memory_bytes'])} at the peak"
     lines.append(memory + (f", {size(device)} on {run['device']}" if device else f", on {run['device']}"))
     lines.append("  receipt  corda_convert.json")
+    if receipt["options"].get("write_cache"):
+        lines.append(f"  cache    {receipt['options']['write_cache']}, for PEFT's preprocess_corda")
+    if receipt["options"].get("no_residual"):
+        lines.append(f"  next     corda-convert merge MODEL --subtract {output} makes the residual")
     return "\n".join(lines)
 
 
@@ -76,6 +81,9 @@ def _headline(receipt: Mapping[str, Any], *, done: bool = True) -> str:
         beside = [*options["init"], *([options["residual"]] if options["residual"] else [])]
         return f"{'Merged' if done else 'merge'} {into}" + (f" with {_list(beside)}" if beside else "")
     if receipt["command"] == "decompose":
+        if options.get("truncate") is not None:
+            how = f"{options['method']}, without the {options['truncate']} smallest components"
+            return f"{'Truncated' if done else 'truncate'} {options['model']} ({how})"
         how = f"{options['method']}, {options['mode']}, rank {options['rank']}"
         return f"{'Decomposed' if done else 'decompose'} {options['model']} ({how})"
     return f"{'Converted' if done else 'convert'} {options['adapter']} with {options['init']} to LoRA"
@@ -99,6 +107,9 @@ def _details(receipt: Mapping[str, Any]) -> list[str]:
     if covariances:
         known = [f"{covariances[key]} {key}" for key in ("samples", "tokens") if covariances.get(key)]
         lines.append(f"  covs     {covariances['matrices']} matrices" + (f" from {', '.join(known)}" if known else ""))
+    lines += _decomposition(
+        [entry for entry in receipt.get("tensors", ()) if "taken_share" in entry], str(receipt["options"].get("method"))
+    )
     if receipt["command"] == "to-lora":
         baked = ", scaling baked into lora_B" if receipt["scaling_baked_in"] else ""
         lines.append(f"  LoRA     rank {receipt['rank']}, alpha {receipt['alpha']:g}{baked}")
@@ -113,6 +124,35 @@ def _details(receipt: Mapping[str, Any]) -> list[str]:
     left = receipt.get("not_carried_over")
     if left:
         lines.append(f"  left     {_list(left)}: not carried over")
+    return lines
+
+
+_WEIGHTED = {"corda": "W(C+λI)", "svd": "W", "asvd": "WS", "svd-llm": "WC^½"}
+"""Of what the components are, by method."""
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _decomposition(layers: Sequence[Mapping[str, Any]], method: str) -> list[str]:
+    """Ranks, shares and certificates of the decomposed layers, and those that needed another solver."""
+    if not layers:
+        return []
+    ranks = sorted({layer["rank"] for layer in layers})
+    shares = [layer["taken_share"] for layer in layers]
+    worst = max(layers, key=lambda layer: layer["certificate"]["residual"])
+    solvers = Counter(layer["solver"] for layer in layers)
+    lines = [
+        f"  modules  {len(layers)}, rank {_list(ranks)}; took {_percent(min(shares))} to {_percent(max(shares))} of "
+        f"‖{_WEIGHTED[method]}‖²",
+        f"  solver   {', '.join(f'{name} for {count}' for name, count in solvers.items())}; worst residual "
+        f"{worst['certificate']['residual']:.1e}, of {worst['module']}",
+    ]
+    fallen = [layer for layer in layers if layer.get("fallback_from")]
+    if fallen:
+        named = [f"{layer['module']} ({' → '.join((*layer['fallback_from'], layer['solver']))})" for layer in fallen]
+        lines.append(f"  fallback {_list(named)}")
     return lines
 
 

@@ -1,0 +1,621 @@
+"""What `decompose` can be asked for, beside PEFT, which must load it, and beside decompositions made here in float64."""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from building import (
+    COVARIANCES,
+    HIDDEN,
+    LINEARS,
+    MODEL,
+    UP,
+    covariance_tensors,
+    files_below,
+    random,
+    read_json,
+    write_checkpoint,
+    write_covariances,
+)
+from conftest import Ran
+from families import tiny
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from corda_convert import DecomposeOptions, RunOptions, decompose
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`corda_config` specified but will be ignored"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
+]
+
+Command = Callable[..., Ran]
+Refusal = Callable[..., str]
+
+SVD: dict[str, Any] = {"mode": "ipm", "rank": 4, "method": "svd"}
+ATTENTION = r"model\.layers\.[01]\.self_attn\.(q|k)_proj"
+METHODS = ("corda", "svd", "asvd", "svd-llm")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "model", shards=2)
+
+
+def scales(modules: Mapping[str, tuple[int, int]] = LINEARS) -> dict[str, Tensor]:
+    return {
+        f"{module}.mean_abs": random(d_in, seed=500 + place).abs() + 0.1
+        for place, (module, (_, d_in)) in enumerate(modules.items())
+    }
+
+
+@pytest.fixture
+def covariances(tmp_path: Path) -> Path:
+    """Covariances and mean absolute inputs of the tiny Llama."""
+    return write_covariances(tmp_path / "covariances.safetensors", covariance_tensors() | scales())
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return {name: t for path in sorted(folder.glob("model*.safetensors")) for name, t in load_file(path).items()}
+
+
+def layers_of(model: nn.Module) -> dict[str, LoraLayer]:
+    """PEFT's layers by the path of the module that they wrap."""
+    prefix = "base_model.model."
+    return {name.removeprefix(prefix): layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def beside(residual: Path, model_class: Any = AutoModelForCausalLM) -> PeftModel:
+    """The residual with its initial adapter, as PEFT loads them."""
+    loaded = model_class.from_pretrained(residual)
+    return PeftModel.from_pretrained(loaded, residual, subfolder="corda_init", is_trainable=True).eval()
+
+
+IDS = torch.arange(3, 23)[None]
+
+
+@torch.no_grad()
+def logits(model: nn.Module, **more: Tensor) -> Tensor:
+    return model(input_ids=IDS, **more).logits
+
+
+def gives_back(model: nn.Module, base: nn.Module, **more: Tensor) -> bool:
+    """Whether two models compute the same up to float32's rounding, which large random weights amplify."""
+    expected = logits(base.eval(), **more)
+    return float((logits(model.eval(), **more) - expected).abs().max()) < 1e-3 * float(expected.abs().max())
+
+
+def decomposed(receipt: Mapping[str, Any]) -> list[str]:
+    """The modules that the receipt tells of."""
+    return [entry["module"] for entry in receipt["tensors"] if "module" in entry]
+
+
+def saved(family: str, folder: Path) -> PreTrainedModel:
+    model = tiny(family)
+    model.save_pretrained(folder)
+    return model
+
+
+# Which modules: PEFT's own matching
+
+SELECTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "ends": ({"targets": ("q_proj", "mlp.up_proj")}, {"target_modules": ["q_proj", "mlp.up_proj"]}),
+    "a whole path": ({"targets": (UP,)}, {"target_modules": [UP]}),
+    "an end that is only a part of a name": ({"targets": ("k_proj",)}, {"target_modules": ["k_proj"]}),
+    "an expression": ({"targets": ATTENTION}, {"target_modules": ATTENTION}),
+    "an expression among several": ({"targets": (ATTENTION,)}, {"target_modules": ATTENTION}),
+    "all-linear": ({"targets": "all-linear"}, {"target_modules": "all-linear"}),
+    "ALL-LINEAR": ({"targets": ("ALL-linear",)}, {"target_modules": "ALL-linear"}),
+    "nothing named": ({}, {"target_modules": "all-linear"}),
+    "the head, too": ({"targets": ("lm_head", "q_proj")}, {"target_modules": ["lm_head", "q_proj"]}),
+    "excluded ends": (
+        {"excluded": ("o_proj", "layers.0.mlp.up_proj")},
+        {"target_modules": "all-linear", "exclude_modules": ["o_proj", "layers.0.mlp.up_proj"]},
+    ),
+    "excluded by an expression": (
+        {"targets": ("q_proj", "down_proj"), "excluded": r".*\.layers\.1\..*"},
+        {"target_modules": ["q_proj", "down_proj"], "exclude_modules": r".*\.layers\.1\..*"},
+    ),
+    "the head excluded, which is no target": (
+        {"excluded": ("lm_head",)},
+        {"target_modules": "all-linear", "exclude_modules": ["lm_head"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_the_chosen_modules_are_those_that_peft_chooses(model: Path, tmp_path: Path, name: str) -> None:
+    ours, theirs = SELECTIONS[name]
+    outcome = decompose(model, output=tmp_path / "out", options=DecomposeOptions(**SVD, **ours))
+    base = AutoModelForCausalLM.from_pretrained(model)
+    expected = layers_of(get_peft_model(copy.deepcopy(base), LoraConfig(r=4, **theirs)))
+    assert set(decomposed(outcome.receipt)) == set(expected)
+    assert 0 < len(expected) <= len(LINEARS) + 1
+    together = beside(tmp_path / "out")
+    assert set(layers_of(together)) == set(expected)
+    assert gives_back(together, base)
+
+
+FAMILY_TARGETS: dict[str, list[dict[str, Any]]] = {
+    "gpt2": [{}, {"targets": ("c_proj",)}, {"targets": ("attn.c_proj", "c_attn")}, {"excluded": ("mlp.c_proj",)}],
+    "t5": [{}, {"targets": ("q", "v")}, {"targets": r"decoder\..*\.wo"}, {"excluded": ("EncDecAttention.k",)}],
+    "bert": [
+        {},
+        {"targets": ("dense",)},
+        {"targets": ("query", "output.dense")},
+        {"targets": ("classifier", "value"), "rank_pattern": {"classifier": 2}},
+    ],
+    "llama_tied": [{}, {"targets": ("q_proj",), "excluded": r".*0\..*"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "selection"), [(family, each) for family, several in FAMILY_TARGETS.items() for each in several]
+)
+def test_peft_finds_exactly_the_modules_that_were_decomposed(
+    tmp_path: Path, family: str, selection: dict[str, Any]
+) -> None:
+    """The list or expression that is written selects no other module, on Linear and Conv1D, with and without a decoder."""
+    base = saved(family, tmp_path / "base")
+    outcome = decompose(tmp_path / "base", output=tmp_path / "out", options=DecomposeOptions(**SVD, **selection))
+    together = beside(tmp_path / "out", type(base))
+    modules = decomposed(outcome.receipt)
+    assert set(layers_of(together)) == set(modules)
+    kinds = {name: type(module) for name, module in base.named_modules() if type(module) in (nn.Linear, Conv1D)}
+    heads = {name for name, module in base.named_modules() if module is base.get_output_embeddings()} | {"classifier"}
+    if not selection:
+        assert set(modules) == kinds.keys() - heads
+    more = {"decoder_input_ids": IDS + 5} if family == "t5" else {}
+    assert gives_back(together, base, **more)
+    tensors = load_file(tmp_path / "out" / "corda_init" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * len(modules)
+
+
+class _Ambiguous(nn.Module):
+    """Modules whose paths end alike: `fc` and `inner.fc`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.inner = nn.ModuleDict({"fc": nn.Linear(4, 4)})
+
+
+def test_modules_whose_whole_path_is_the_end_of_another_are_selected_by_an_expression() -> None:
+    from corda_convert.checkpoint.structure import ModelStructure, Parameter
+    from corda_convert.operations.initial_config import target_modules
+
+    parameters = {f"{name}.weight": Parameter((4, 4), "linear") for name in ("fc", "inner.fc")}
+    structure = ModelStructure(
+        "M", {"fc": "linear", "inner.fc": "linear"}, {}, frozenset(), None, parameters=parameters
+    )
+    for modules in (["fc"], ["inner.fc"], ["fc", "inner.fc"]):
+        written = target_modules(structure, modules)
+        adapted = get_peft_model(_Ambiguous(), LoraConfig(r=2, target_modules=written))
+        assert sorted(layers_of(adapted)) == modules
+    assert target_modules(structure, ["fc"]) == "fc"
+
+
+def test_a_tied_head_is_refused_where_it_is_named_and_left_where_all_are_meant(
+    refusal: Refusal, tmp_path: Path
+) -> None:
+    saved("llama_tied", tmp_path / "base")
+    arguments = ("decompose", tmp_path / "base", "--method", "svd", "--mode", "ipm", "--rank", 4)
+    assert refusal(*arguments, "--target", "lm_head", "--target", "q_proj") == (
+        "lm_head shares its weight with model.embed_tokens.weight, which a residual would change too.\n"
+        "Leave it out with --exclude."
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--exclude", "gone"), "--exclude 'gone' matches no Linear layer."),
+        (("--exclude", "("), "--exclude '(' is no name and no regular expression"),
+        (("--exclude", ".*"), "--exclude leaves out every layer that was chosen."),
+        (("--target", "model.embed_tokens"), "--target 'model.embed_tokens' matches no Linear layer."),
+        (("--target", "proj"), "--target 'proj' matches no Linear layer."),
+    ],
+)
+def test_names_that_mean_nothing_are_refused(
+    refusal: Refusal, model: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    assert refusal("decompose", model, "--method", "svd", "--mode", "ipm", "--rank", 4, *arguments).startswith(message)
+
+
+def test_layers_that_are_stored_joined_are_refused_by_name_and_otherwise_left_with_a_note(
+    done: Command, refusal: Refusal, tmp_path: Path
+) -> None:
+    saved("dinov2", tmp_path / "base")
+    arguments = ("decompose", tmp_path / "base", "--method", "svd", "--mode", "ipm", "--rank", 2)
+    ran = done(*arguments, "-o", tmp_path / "out")
+    left = re.search(r"Note: (\d+) Linear layers stay as they are", ran.err)
+    if left is None:
+        pytest.skip("this version of transformers stores them apart")
+    base = tiny("dinov2")
+    linears = {name for name, module in base.named_modules() if type(module) is nn.Linear}
+    receipt = read_json(tmp_path / "out" / "corda_convert.json")
+    assert len(linears) - len(decomposed(receipt)) == int(left[1]) > 0
+    joined = sorted(linears - set(decomposed(receipt)))[0]
+    assert f"{joined} is not on disk as one tensor of its own." in refusal(*arguments, "--target", joined)
+
+
+# Ranks and scalings
+
+PATTERNS: dict[str, dict[str, Any]] = {
+    "rslora": {"rslora": True, "alpha": 3},
+    "rslora without alpha": {"rslora": True},
+    "rank pattern": {"rank_pattern": {"up_proj": 2, r"layers\.0\..*_proj": 6}},
+    "rank and alpha": {"alpha": 8, "rank_pattern": {"up_proj": 2}},
+    "alpha pattern": {"alpha": 6, "alpha_pattern": {"mlp.down_proj": 1.5, "q_proj": 12}},
+    "both": {"rank_pattern": {"up_proj": 2, "q_proj": 7}, "alpha_pattern": {"q_proj": 5, r".*\.1\..*": 2}},
+    "both with rslora": {"rslora": True, "rank_pattern": {"q_proj": 7}, "alpha_pattern": {UP: 2.5}},
+    "overlapping, the first counts": {"rank_pattern": {"up_proj": 2, ".*_proj": 5}},
+    "overlapping the other way round": {"alpha": 1, "alpha_pattern": {r"z?.*\.up_proj": 2, "up_proj|q_proj": 3}},
+}
+FIRST_ALPHA: dict[str, Callable[[int], float]] = {
+    "rslora": lambda rank: 3,
+    "rank and alpha": lambda rank: 8,
+    "alpha pattern": lambda rank: 6,
+    "overlapping the other way round": lambda rank: 1,
+}
+
+
+def expected_of(options: Mapping[str, Any], module: str, name: str) -> tuple[int, float]:
+    """Rank and scaling of a module, by PEFT's documentation: the first pattern that the end of its path matches counts."""
+
+    def first(patterns: Mapping[str, float], default: float) -> float:
+        return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+    rank = int(first(options.get("rank_pattern", {}), 4))
+    alpha = first(options.get("alpha_pattern", {}), FIRST_ALPHA.get(name, lambda own: own)(rank))
+    return rank, alpha / (rank**0.5 if options.get("rslora") else rank)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_peft_loads_the_same_ranks_and_scalings_and_they_outlast_its_saving(
+    model: Path, tmp_path: Path, name: str
+) -> None:
+    """PEFT sorts the patterns when it saves, so that another one may come first; the model must be the base both times."""
+    options = {**SVD, **PATTERNS[name]}
+    decompose(model, output=tmp_path / "out", options=DecomposeOptions(**options))
+    expected = {module: expected_of(options, module, name) for module in LINEARS}
+    assert len(set(expected.values())) > 1 or "rslora" in name
+    base = AutoModelForCausalLM.from_pretrained(model).eval()
+    together = beside(tmp_path / "out")
+    for _ in range(2):
+        found = {
+            module: (layer.r["default"], layer.scaling["default"]) for module, layer in layers_of(together).items()
+        }
+        assert found.keys() == expected.keys()
+        for module, (rank, scaling) in expected.items():
+            assert found[module] == (rank, pytest.approx(scaling, rel=1e-12)), module
+        assert gives_back(together, base)
+        together.save_pretrained(tmp_path / "again")
+        residual = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        together = PeftModel.from_pretrained(residual, tmp_path / "again").eval()
+    assert not gives_back(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), base)
+
+
+def test_patterns_are_given_on_the_command_line(done: Command, model: Path, tmp_path: Path) -> None:
+    done(
+        *("decompose", model, "--method", "svd", "--mode", "kpm", "--rank", 4, "--rslora", "-o", tmp_path / "out"),
+        *("--rank-pattern", "q_proj=2", "--rank-pattern", "mlp.up_proj=6", "--alpha-pattern", "x?q_proj=1.5"),
+    )
+    config = read_json(tmp_path / "out" / "corda_init" / "adapter_config.json")
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 4, True)
+    assert config["rank_pattern"] == {"mlp.up_proj": 6, "q_proj": 2}
+    layers = layers_of(beside(tmp_path / "out"))
+    assert layers[UP].scaling["default"] == pytest.approx(6**0.5)
+    assert layers["model.layers.0.self_attn.q_proj"].scaling["default"] == pytest.approx(1.5 / 2**0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--rank-pattern", "gone=3"),
+            "--rank-pattern 'gone' is for none of the 14 modules.\n"
+            "The modules end in: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj.",
+        ),
+        (("--alpha-pattern", "lm_head=3"), "--alpha-pattern 'lm_head' is for none of the 14 modules.\n"),
+        (
+            ("--rank-pattern", ".*_proj=3", "--rank-pattern", "q_proj=2"),
+            "--rank-pattern 'q_proj' is for none of the 14 modules.\nThey match an earlier pattern, which counts.\n",
+        ),
+        (("--rank-pattern", "(=3"), "--rank-pattern '(' is no name and no regular expression: missing )"),
+        (
+            ("--rank-pattern", "k_proj=9"),
+            "2 problems, nothing was written:\n\nRank 9 is above what model.layers.0.self",
+        ),
+        (("--alpha-pattern", "k_proj=-1"), "Alpha of k_proj is -1.0, a positive number was expected."),
+    ],
+)
+def test_patterns_that_cannot_be_are_refused(
+    refusal: Refusal, model: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    assert refusal("decompose", model, "--method", "svd", "--mode", "ipm", "--rank", 4, *arguments).startswith(message)
+
+
+# Truncation, beside the formula of each method's paper
+
+
+def context(C: Tensor, scale: Tensor, method: str, *, damp: float, power: float = 0.5) -> Tensor:
+    """The T of a method, in float64."""
+    C = C.double()
+    if method == "corda":
+        return C + damp * C.diagonal().mean() * torch.eye(C.shape[0], dtype=torch.float64)
+    if method == "asvd":
+        return torch.diag(scale.double() ** power)
+    if method == "svd-llm":
+        return torch.linalg.cholesky(C)
+    return torch.eye(C.shape[0], dtype=torch.float64)
+
+
+def truncated(W: Tensor, T: Tensor, count: int) -> Tensor:
+    """`U_k Σ_k V_kᵀ T⁻¹`, all but the `count` smallest components of `W T`."""
+    U, S, Vh = torch.linalg.svd(W.double() @ T, full_matrices=False)
+    kept = len(S) - count
+    return torch.linalg.solve(T.T, (U[:, :kept] * S[:kept] @ Vh[:kept]).T).T
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_truncation_is_the_reconstruction_of_all_but_the_smallest_components(
+    done: Command, model: Path, covariances: Path, tmp_path: Path, method: str
+) -> None:
+    given = () if method == "svd" else ("--cov", covariances)
+    power = ("--asvd-alpha", 0.8) if method == "asvd" else ()
+    damp = ("--damp", 0) if method == "corda" else ()
+    done("decompose", model, "--method", method, "--truncate", 3, *given, *power, *damp, "-o", tmp_path / "out")
+    before, after, known = weights(model), weights(tmp_path / "out"), load_file(covariances)
+    assert after.keys() == before.keys()
+    for name, W in before.items():
+        module = name.removesuffix(".weight")
+        if module not in LINEARS:
+            assert torch.equal(after[name], W)
+            continue
+        T = context(known[module], known[f"{module}.mean_abs"], method, damp=0, power=0.8)
+        expected = truncated(W, T, 3)
+        assert torch.allclose(after[name].double(), expected, atol=2e-6 * float(W.abs().max())), name
+        assert int(torch.linalg.matrix_rank(after[name].double(), rtol=1e-5)) == min(W.shape) - 3
+        assert float((after[name] - W).norm() / W.norm()) > 1e-3
+
+
+def test_a_truncated_model_is_an_ordinary_one(done: Command, tmp_path: Path) -> None:
+    done("decompose", MODEL, "--cov", COVARIANCES, "--truncate", 4, "--dtype", "float32", "-o", tmp_path / "out")
+    assert not (tmp_path / "out" / "corda_init").exists()
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.dtype == torch.float32
+    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    change = (logits(loaded) - logits(base)).abs().max()
+    assert 1e-3 < float(change) < 0.5 * float(logits(base).abs().max())
+    receipt = read_json(tmp_path / "out" / "corda_convert.json")
+    assert receipt["summary"]["tensors"]["truncated"] == 42
+    assert (receipt["options"]["truncate"], receipt["options"]["rank"], receipt["options"]["alpha"]) == (4, None, None)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "without the 4 smallest components in the context of its covariances" in card
+    assert "corda_init" not in card
+    assert "peft" not in card.lower()
+
+
+def test_truncation_is_the_residual_of_the_smallest_components(model: Path, covariances: Path, tmp_path: Path) -> None:
+    decompose(model, covariances=covariances, output=tmp_path / "dense", options=DecomposeOptions(truncate=3))
+    decompose(
+        model, covariances=covariances, output=tmp_path / "residual", options=DecomposeOptions(mode="kpm", rank=3)
+    )
+    dense, residual = weights(tmp_path / "dense"), weights(tmp_path / "residual")
+    for name, tensor in dense.items():
+        assert torch.allclose(tensor, residual[name], atol=1e-6), name
+
+
+def test_a_truncation_that_leaves_nothing_is_refused(refusal: Refusal, model: Path) -> None:
+    assert refusal("decompose", model, "--method", "svd", "--target", "k_proj", "--truncate", 8).splitlines()[2] == (
+        f"--truncate 8 leaves nothing of model.layers.0.self_attn.k_proj: its weight is (8, {HIDDEN}), 8 components."
+    )
+
+
+# Methods
+
+
+@pytest.mark.parametrize("mode", ["ipm", "kpm"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("solver", ["auto", "dense", "krylov"])
+def test_every_method_takes_the_components_of_its_own_context(
+    model: Path, covariances: Path, tmp_path: Path, method: str, mode: str, solver: str
+) -> None:
+    options = DecomposeOptions(mode=mode, rank=4, method=method, alpha=2, damp=0.03, asvd_alpha=0.7, solver=solver)
+    given = None if method == "svd" else covariances
+    decompose(model, covariances=given, output=tmp_path / "out", options=options)
+    factors = load_file(tmp_path / "out" / "corda_init" / "adapter_model.safetensors")
+    residual, base, known = weights(tmp_path / "out"), weights(model), load_file(covariances)
+    for module in LINEARS:
+        W = base[f"{module}.weight"].double()
+        T = context(known[module], known[f"{module}.mean_abs"], method, damp=0.03, power=0.7)
+        U, S, Vh = torch.linalg.svd(W @ T, full_matrices=False)
+        chosen = slice(0, 4) if mode == "ipm" else slice(-4, None)
+        expected = torch.linalg.solve(T.T, (U[:, chosen] * S[chosen] @ Vh[chosen]).T).T
+        A, B = (factors[f"base_model.model.{module}.lora_{side}.weight"].double() for side in "AB")
+        assert torch.allclose(0.5 * B @ A, expected, atol=3e-6 * float(W.abs().max())), module
+        assert torch.allclose(residual[f"{module}.weight"].double(), W - expected, atol=3e-6 * float(W.abs().max()))
+
+
+def test_asvd_without_mean_absolute_inputs_is_refused(refusal: Refusal, model: Path, tmp_path: Path) -> None:
+    plain = write_covariances(tmp_path / "plain.safetensors")
+    arguments = ("decompose", model, "--method", "asvd", "--mode", "kpm", "--rank", 4, "--cov")
+    assert refusal(*arguments, plain) == (
+        "The covariance file has no mean absolute inputs, which method asvd takes.\n"
+        "It holds covariances only, or is of another model.\n"
+        "Collect them too (vectors named MODULE.mean_abs), or choose --method corda or svd-llm."
+    )
+    partial = {name: tensor for name, tensor in scales().items() if not name.startswith(UP)}
+    some = write_covariances(tmp_path / "some.safetensors", covariance_tensors() | partial)
+    assert refusal(*arguments, some).startswith(f"No mean absolute inputs for 1 of 14 modules: {UP}.\n")
+    assert refusal("decompose", model, "--method", "asvd", "--mode", "kpm", "--rank", 4).startswith(
+        "Method asvd needs mean absolute inputs.\nGive them with --cov FILE"
+    )
+
+
+def test_every_missing_covariance_is_listed(refusal: Refusal, model: Path, tmp_path: Path) -> None:
+    one = write_covariances(tmp_path / "one.safetensors", {UP: covariance_tensors()[UP]})
+    message = refusal("decompose", model, "--cov", one, "--mode", "kpm", "--rank", 4)
+    assert message.startswith("No covariance for 13 of 14 modules: ")
+    assert set(re.findall(r"model\.layers\.[\w.]+_proj", message)) == LINEARS.keys() - {UP}
+
+
+def test_covariances_that_a_plain_svd_would_not_use_are_refused(
+    refusal: Refusal, model: Path, covariances: Path
+) -> None:
+    assert refusal("decompose", model, "--method", "svd", "--cov", covariances, "--mode", "ipm", "--rank", 4) == (
+        "Method svd takes no covariances.\nLeave out --cov, or choose --method corda, asvd, svd-llm."
+    )
+
+
+# The adapter alone
+
+
+@pytest.mark.parametrize("dtype", [(), ("--dtype", "float32")])
+def test_the_adapter_alone_and_its_residual_made_later_are_those_of_a_whole_decomposition(
+    done: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ("decompose", MODEL, "--cov", COVARIANCES, "--mode", "kpm", "--rank", 8, "--rank-pattern", "q_proj=4")
+    done(*arguments, "--no-residual", "-o", "init")
+    assert sorted(path.name for path in Path("init").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "corda_convert.json",
+    ]
+    config = read_json(Path("init/adapter_config.json"))
+    assert config["base_model_name_or_path"] == "init-residual"
+    done("merge", MODEL, "--subtract", "init", *dtype, "-o", "init-residual")
+    shutil.move("init-residual", "later")
+    done(*arguments, *dtype, "-o", "init-residual")
+    whole, later = files_below(Path("init-residual")), files_below(Path("later"))
+    for name in ("README.md", "corda_convert.json"):
+        del whole[name], later[name]
+    assert whole == later
+    assert Path("init/adapter_model.safetensors").read_bytes() == whole["corda_init/adapter_model.safetensors"]
+    assert Path("init/adapter_config.json").read_bytes() == whole["corda_init/adapter_config.json"]
+
+
+def test_the_card_of_an_adapter_alone_loads_it_beside_its_residual(
+    done: Command, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done("decompose", model, "--method", "svd", "--mode", "ipm", "--rank", 4, "--no-residual", "-o", "init")
+    done("merge", model, "--subtract", "init", "-o", "init-residual")
+    card = Path("init/README.md").read_text()
+    assert "library_name: peft" in card
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(snippet, scope)
+    base = AutoModelForCausalLM.from_pretrained(model).eval()
+    assert gives_back(scope["model"], base)
+
+
+# Usage
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--mode", "kpm"), "Missing option '--rank' (or '--truncate')."),
+        (("--rank", 4), "Missing option '--mode' (or '--truncate')."),
+        (("--truncate", 4, "--mode", "kpm"), "--truncate makes no adapter; leave out --mode."),
+        (("--truncate", 4, "--rank", 4, "--alpha", 2), "--truncate makes no adapter; leave out --rank, --alpha."),
+        (("--truncate", 4, "--no-residual", "--rslora"), "leave out --rslora, --no-residual."),
+        (("--truncate", 4, "--rank-pattern", "q=1", "--alpha-pattern", "q=1"), "--rank-pattern, --alpha-pattern."),
+        (("--truncate", 4, "--write-cache", "cache.pt"), "--truncate makes no adapter; leave out --write-cache."),
+        (("--truncate", 0), "0 is not in the range x>=1."),
+        (("--mode", "kpm", "--rank", 4, "--method", "svd", "--damp", 0), "--damp is for --method corda."),
+        (("--mode", "kpm", "--rank", 4, "--asvd-alpha", 1), "--asvd-alpha is for --method asvd."),
+        (("--mode", "kpm", "--rank", 4, "--no-residual", "--dtype", "float32"), "--dtype is for the residual"),
+        (("--mode", "kpm", "--rank", 4, "--rank-pattern", "q_proj"), "'q_proj' is not NAME=VALUE"),
+        (("--mode", "kpm", "--rank", 4, "--rank-pattern", "=3"), "'=3' is not NAME=VALUE"),
+        (("--mode", "kpm", "--rank", 4, "--rank-pattern", "q_proj=half"), "'half' is not a valid integer"),
+        (("--mode", "kpm", "--rank", 4, "--rank-pattern", "q_proj=0"), "0 is not in the range x>=1."),
+        (("--mode", "kpm", "--rank", 4, "--alpha-pattern", "q=1", "--alpha-pattern", "q=2"), "has a name twice."),
+        (("--mode", "kpm", "--rank", 4, "--solver", "fast"), "'fast' is not one of"),
+    ],
+)
+def test_options_that_do_not_go_together_are_wrong_usage(
+    command: Command, model: Path, tmp_path: Path, arguments: Sequence[object], message: str
+) -> None:
+    ran = command("decompose", model, *arguments, "-o", tmp_path / "out")
+    assert (ran.status, ran.out) == (2, "")
+    assert message in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "kpm"}, "mode and rank are needed, or truncate."),
+        ({"truncate": 2, "mode": "kpm", "residual": False}, "so it goes without mode, residual=False."),
+        ({"mode": "kpm", "rank": 2, "method": "svd", "residual": False}, "--dtype is that of the residual's weights"),
+        ({"mode": "kpm", "rank": 2, "method": "asvd", "asvd_alpha": -1.0}, "asvd's alpha is -1.0"),
+        ({"mode": "kpm", "rank": 0, "method": "svd"}, "The rank is 0, at least 1 was expected."),
+    ],
+)
+def test_the_same_is_refused_from_python(model: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    from corda_convert import CordaConvertError
+
+    with pytest.raises(CordaConvertError, match=re.escape(message)):
+        decompose(model, output=tmp_path / "out", options=DecomposeOptions(**options), run=RunOptions(dtype="float32"))
+    assert not (tmp_path / "out").exists()
+
+
+# PEFT's cache file
+
+
+def test_peft_starts_from_the_cache_with_the_very_factors(done: Command, tmp_path: Path) -> None:
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+
+    cache = tmp_path / "cache.pt"
+    done(
+        *("decompose", MODEL, "--cov", COVARIANCES, "--mode", "kpm", "--rank", 8, "--target", "q_proj", "--rslora"),
+        *("--write-cache", cache, "--no-residual", "-o", tmp_path / "init"),
+    )
+    config = LoraConfig(
+        r=8,
+        lora_alpha=8,
+        use_rslora=True,
+        target_modules=["q_proj"],
+        init_lora_weights="corda",
+        corda_config=CordaConfig(cache_file=str(cache), corda_method="kpm"),
+    )
+    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    preprocess_corda(base, config)
+    begun = get_peft_model(base, config).state_dict()
+    factors = load_file(tmp_path / "init" / "adapter_model.safetensors")
+    assert len(factors) == 12
+    for name, tensor in factors.items():
+        assert torch.equal(begun[name.replace(".weight", ".default.weight")], tensor), name
+
+
+@pytest.mark.parametrize("place", ["out/cache.pt", "taken.pt"])
+def test_a_place_for_the_cache_that_cannot_be_is_refused_before_any_work(
+    refusal: Refusal, command: Command, model: Path, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "taken.pt").write_bytes(b"mine")
+    arguments = ("decompose", model, "--method", "svd", "--mode", "ipm", "--rank", 4, "--write-cache", tmp_path / place)
+    ran = command(*arguments, "-o", tmp_path / "out")
+    assert (ran.status, ran.out) == (1, "")
+    assert ("would lie inside the output" if place.startswith("out") else "taken.pt exists") in ran.err
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "taken.pt").read_bytes() == b"mine"
