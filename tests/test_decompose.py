@@ -208,6 +208,16 @@ def test_modules_whose_whole_path_is_the_end_of_another_are_selected_by_an_expre
     assert target_modules(structure, ["fc"]) == "fc"
 
 
+def test_patterns_of_modules_whose_whole_path_is_the_end_of_another_keep_them_apart() -> None:
+    from corda_convert.operations.initial_config import _pattern
+
+    for wanted in ({"fc": 2, "inner.fc": 3}, {"fc": 2, "inner.fc": 4}, {"fc": 4, "inner.fc": 3}):
+        pattern = _pattern({}, 4, wanted)
+        config = LoraConfig(r=4, rank_pattern=pattern, target_modules=["fc", "inner.fc"])
+        layers = layers_of(get_peft_model(_Ambiguous(), config))
+        assert {name: layer.r["default"] for name, layer in layers.items()} == wanted
+
+
 def test_a_tied_head_is_refused_where_it_is_named_and_left_where_all_are_meant(
     refusal: Refusal, tmp_path: Path
 ) -> None:
@@ -421,6 +431,24 @@ def test_truncation_is_the_residual_of_the_smallest_components(model: Path, cova
         assert torch.allclose(tensor, residual[name], atol=1e-6), name
 
 
+@pytest.mark.parametrize("output", ["truncated", "residual", "adapter alone"])
+def test_conv1d_weights_are_decomposed_as_they_lie(done: Command, tmp_path: Path, output: str) -> None:
+    base = saved("gpt2", tmp_path / "base").double()
+    arguments = ("decompose", tmp_path / "base", "--method", "svd", "--target", "c_proj", "--exclude", "attn.c_proj")
+    if output == "truncated":
+        done(*arguments, "--truncate", 5, "-o", tmp_path / "out")
+    elif output == "residual":
+        done(*arguments, "--mode", "kpm", "--rank", 5, "-o", tmp_path / "out")
+    else:
+        done(*arguments, "--mode", "kpm", "--rank", 5, "--no-residual", "-o", tmp_path / "init")
+        done("merge", tmp_path / "base", "--subtract", tmp_path / "init", "-o", tmp_path / "out")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
+    for name, W in base.state_dict().items():
+        if name.endswith("mlp.c_proj.weight"):
+            W = truncated(W.T, torch.eye(W.shape[0], dtype=torch.float64), 5).T
+        assert torch.allclose(found.state_dict()[name], W, atol=1e-6), name
+
+
 def test_a_truncation_that_leaves_nothing_is_refused(refusal: Refusal, model: Path) -> None:
     assert refusal("decompose", model, "--method", "svd", "--target", "k_proj", "--truncate", 8).splitlines()[2] == (
         f"--truncate 8 leaves nothing of model.layers.0.self_attn.k_proj: its weight is (8, {HIDDEN}), 8 components."
@@ -481,6 +509,99 @@ def test_covariances_that_a_plain_svd_would_not_use_are_refused(
     assert refusal("decompose", model, "--method", "svd", "--cov", covariances, "--mode", "ipm", "--rank", 4) == (
         "Method svd takes no covariances.\nLeave out --cov, or choose --method corda, asvd, svd-llm."
     )
+
+
+# What is reported
+
+
+def test_the_receipt_tells_of_every_layer_what_was_taken_and_how_well(
+    done: Command, model: Path, covariances: Path, tmp_path: Path
+) -> None:
+    import json
+
+    arguments = ("decompose", model, "--cov", covariances, "--mode", "kpm", "--rank", 4, "--damp", 0.02)
+    ran = done(*arguments, "--rank-pattern", "up_proj=3", "--json", "-o", tmp_path / "out")
+    receipt = json.loads(ran.out)
+    assert receipt == read_json(tmp_path / "out" / "corda_convert.json")
+    layers = {entry["module"]: entry for entry in receipt["tensors"] if "module" in entry}
+    assert layers.keys() == LINEARS.keys()
+    base, after, known = weights(model), weights(tmp_path / "out"), load_file(covariances)
+    factors = load_file(tmp_path / "out" / "corda_init" / "adapter_model.safetensors")
+    for module, layer in layers.items():
+        W = base[f"{module}.weight"].double()
+        T = context(known[module], known[f"{module}.mean_abs"], "corda", damp=0.02)
+        S = torch.linalg.svdvals(W @ T)
+        rank = 3 if module.endswith("up_proj") else 4
+        assert (layer["action"], layer["rank"], layer["scaling"]) == ("decomposed", rank, 1.0)
+        assert layer["solver"] == "dense-eigh"
+        assert layer["fallback_from"] == []
+        certificate = layer["certificate"]
+        assert certificate["holds"]
+        assert 0 <= certificate["residual"] < 1e-12
+        assert 0 <= certificate["orthonormality"] < 1e-12
+        cut = layer["singular_values"]
+        assert cut["taken_largest"] == pytest.approx(float(S[-rank]), rel=1e-6)
+        assert cut["taken_smallest"] == pytest.approx(float(S[-1]), rel=1e-5)
+        assert cut["next"] == pytest.approx(float(S[-rank - 1]), rel=1e-6)
+        assert cut["largest"] == pytest.approx(float(S[0]), rel=1e-9)
+        assert layer["taken_share"] == pytest.approx(float(S[-rank:].square().sum() / S.square().sum()), rel=1e-5)
+        A, B = (factors[f"base_model.model.{module}.lora_{side}.weight"].double() for side in "AB")
+        error = float((after[f"{module}.weight"].double() + B @ A - W).norm() / W.norm())
+        assert layer["reconstruction_error"] == pytest.approx(error, rel=1e-3)
+        assert 0 < error < 1e-7
+        assert layer["seconds"] > 0
+
+
+def test_the_summary_says_what_was_taken_and_what_comes_next(
+    done: Command, model: Path, covariances: Path, tmp_path: Path
+) -> None:
+    arguments = ("decompose", model, "--cov", covariances, "--mode", "ipm", "--rank", 4, "--rank-pattern", "q_proj=2")
+    ran = done(*arguments, "--no-residual", "-o", tmp_path / "init")
+    lines = ran.out.splitlines()
+    assert lines[0] == f"Decomposed model (corda, ipm, rank 4) → {tmp_path / 'init'}"
+    (modules,) = [line for line in lines if line.startswith("  modules ")]
+    found = re.fullmatch(r"  modules  14, rank 2, 4; took ([\d.]+) % to ([\d.]+) % of ‖W\(C\+λI\)‖²", modules)
+    receipt = read_json(tmp_path / "init" / "corda_convert.json")
+    layers = [entry for entry in receipt["tensors"] if "module" in entry]
+    shares = sorted(layer["taken_share"] for layer in layers)
+    assert found is not None
+    assert [float(found[1]), float(found[2])] == pytest.approx([100 * shares[0], 100 * shares[-1]], rel=1e-2)
+    (solver,) = [line for line in lines if line.startswith("  solver ")]
+    worst = max(layers, key=lambda layer: layer["certificate"]["residual"])
+    assert solver.startswith("  solver   dense-eigh for 14; worst residual ")
+    assert solver.endswith(f", of {worst['module']}")
+    assert lines[-1] == f"  next     corda-convert merge MODEL --subtract {tmp_path / 'init'} makes the residual"
+    assert not [line for line in lines if line.startswith("  fallback")]
+
+
+def test_the_summary_names_the_modules_that_needed_another_solver() -> None:
+    from corda_convert.output.summary import describe_plan
+
+    layer = {"module": "a", "rank": 2, "taken_share": 0.5, "solver": "dense-eigh", "certificate": {"residual": 1e-14}}
+    fallen = {**layer, "module": "b", "fallback_from": ["shift-invert-lanczos", "inverse-lanczos-qr"]}
+    plan = dict.fromkeys(("read_bytes", "write_bytes", "memory_bytes", "buffer_bytes"), 1) | {"tensors": {}}
+    receipt = {
+        "command": "decompose",
+        "options": {"model": "m", "method": "svd", "mode": "kpm", "rank": 2},
+        "plan": {**plan, "worst_step": "b"},
+        "tensors": [layer, fallen],
+    }
+    assert "\n  fallback b (shift-invert-lanczos → inverse-lanczos-qr → dense-eigh)\n" in describe_plan(
+        receipt, Path("out")
+    )
+
+
+@pytest.mark.parametrize("what", ["residual", "truncated", "adapter"])
+def test_a_dry_run_plans_every_output_and_writes_nothing(done: Command, model: Path, tmp_path: Path, what: str) -> None:
+    arguments = {
+        "residual": ("--mode", "ipm", "--rank", 4),
+        "truncated": ("--truncate", 4),
+        "adapter": ("--mode", "ipm", "--rank", 4, "--no-residual"),
+    }[what]
+    ran = done("decompose", model, "--method", "svd", *arguments, "--dry-run", "-o", tmp_path / "out")
+    verb = "truncate model (svd, without the 4 smallest components)" if what == "truncated" else "decompose model"
+    assert ran.out.startswith(f"Would {verb}")
+    assert not (tmp_path / "out").exists()
 
 
 # The adapter alone

@@ -137,28 +137,31 @@ def _pattern(given: Mapping[str, _Value], default: _Value, wanted: Mapping[str, 
 
     The ones given where they do, else the paths of the modules that differ from the default.
     """
-    differing = {module: value for module, value in wanted.items() if value != default}
-    exact = {f"^{re.escape(module)}": value for module, value in differing.items()}
-    for candidate in (given, differing):
-        patterns = {key: plain(candidate[key]) for key in sorted(candidate)}
-        keys = {module: pattern_key(patterns, module) for module in wanted}
-        if patterns.keys() <= set(keys.values()) and all(
-            patterns.get(keys[module], default) == value for module, value in wanted.items()
-        ):
-            return patterns
-    return dict(sorted(exact.items()))
+    patterns = {key: plain(given[key]) for key in sorted(given)}
+    keys = {module: pattern_key(patterns, module) for module in wanted}
+    resolved = {module: patterns.get(key, default) for module, key in keys.items()}
+    if resolved == wanted and patterns.keys() <= set(keys.values()):
+        return patterns
+    differing = {module: value for module, value in sorted(wanted.items()) if value != default}
+    if any(end in differing for module in wanted for end in _ends(module)):
+        return {f"^{re.escape(module)}": value for module, value in differing.items()}
+    return differing
 
 
 def target_modules(structure: ModelStructure, modules: Sequence[str]) -> list[str] | str:
     """What selects exactly these modules in PEFT: the last parts of their paths, else whole paths, else an expression."""
     chosen = set(modules)
     everything = _module_paths(structure)
-    ends = sorted({module.rpartition(".")[2] for module in chosen})
-    for names in (ends, sorted(chosen)):
-        behind = tuple(f".{name}" for name in names)
-        if {module for module in everything if module in names or module.endswith(behind)} == chosen:
-            return names
+    for names in ({module.rpartition(".")[2] for module in chosen}, chosen):
+        if {module for module in everything if module in names or any(end in names for end in _ends(module))} == chosen:
+            return sorted(names)
     return "|".join(re.escape(module) for module in sorted(chosen))
+
+
+def _ends(module: str) -> Iterable[str]:
+    """What a path ends in, from the second of its parts on."""
+    parts = module.split(".")
+    return (".".join(parts[first:]) for first in range(1, len(parts)))
 
 
 def _module_paths(structure: ModelStructure) -> set[str]:
