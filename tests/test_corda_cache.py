@@ -27,11 +27,19 @@ from peft.tuners.lora.corda import preprocess_corda
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from corda_convert import DecomposeOptions, decompose
+from corda_convert import DecomposeOptions, MergeOptions, RunOptions, decompose, merge
 from corda_convert.adapters import read_adapter
 from corda_convert.adapters.cache import is_cache, read_cache
 from corda_convert.checkpoint.tensors import read_tensor
-from corda_convert.errors import CordaConvertError, NotFinite, OutputRefused, UnsupportedInput
+from corda_convert.errors import (
+    AdapterMismatch,
+    CordaConvertError,
+    MalformedFile,
+    NotFinite,
+    OutputRefused,
+    UnsupportedInput,
+)
+from corda_convert.operations.from_cache import CacheOptions, decompose_from_cache
 from corda_convert.operations.peft_cache import check_cache_path, write_cache
 
 pytestmark = [
@@ -260,3 +268,201 @@ def test_a_cache_in_a_new_folder_and_over_an_old_one_is_whole(tmp_path: Path) ->
     second = write_cache(path, RESIDUAL / "corda_init")
     assert first == second
     assert [each.name for each in path.parent.iterdir()] == ["cache.pt"]
+
+
+# Read from PEFT
+
+
+def cached_by_peft(folder: Path, model: Path, mode: str = "kpm", **config: Any) -> PeftModel:
+    """Writes `cache.pt` as PEFT does from covariances. Returns what PEFT begins with."""
+    folder.mkdir(exist_ok=True)
+    corda = CordaConfig(
+        cache_file=str(folder / "cache.pt"),
+        covariance_file=str(COVARIANCES.with_name("knowledge.peft.pt")),
+        corda_method=mode,
+    )
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    preprocess_corda(base, LoraConfig(init_lora_weights="corda", corda_config=corda, task_type="CAUSAL_LM", **config))
+    return begun_by_peft(model, folder / "cache.pt", **config)
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 6, "lora_alpha": 6, "target_modules": TARGETS},
+    "alpha": {"r": 6, "lora_alpha": 9, "target_modules": ["up_proj", "q_proj"]},
+    "rslora": {"r": 5, "lora_alpha": 12, "target_modules": ["down_proj"], "use_rslora": True},
+    "pattern": {
+        "r": 4,
+        "lora_alpha": 10,
+        "target_modules": TARGETS,
+        "rank_pattern": {"up_proj": 7, "1.mlp.down_proj": 2},
+    },
+}
+
+
+@pytest.mark.parametrize("mode", ["ipm", "kpm"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_a_cache_of_peft_stands_for_is_written_with_its_bits(name: str, mode: Any, tmp_path: Path) -> None:
+    """The factors are PEFT's; its residual is rounded in float32, ours once from float64."""
+    config = CONFIGS[name]
+    AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).save_pretrained(tmp_path / "base")
+    expected = cached_by_peft(tmp_path / "peft", tmp_path / "base", mode, **config)
+    options = CacheOptions(mode, config["lora_alpha"], rslora=config.get("use_rslora", False))
+    outcome = decompose_from_cache(
+        tmp_path / "base", cache=tmp_path / "peft" / "cache.pt", output=tmp_path / "out", options=options
+    )
+    residual = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    found = PeftModel.from_pretrained(residual, str(tmp_path / "out"), subfolder="corda_init", is_trainable=True)
+    own, theirs = factors_of(found), factors_of(expected)
+    assert own.keys() == theirs.keys()
+    assert [key for key, tensor in theirs.items() if not torch.equal(own[key], tensor)] == []
+    for key, tensor in bases_of(expected).items():
+        torch.testing.assert_close(bases_of(found)[key], tensor, rtol=0, atol=1e-6)
+    for module, layer in found.named_modules():
+        if hasattr(layer, "scaling"):
+            assert layer.scaling == expected.get_submodule(module).scaling
+    assert found.peft_config["default"].corda_config.corda_method == mode
+    assert outcome.receipt["options"]["from_cache"] == "cache.pt"
+    (source,) = [each for each in outcome.receipt["inputs"] if each["role"] == "cache"]
+    assert source["files"][0]["sha256"] is not None
+
+
+def test_without_alpha_every_module_is_scaled_by_one(tmp_path: Path) -> None:
+    cached_by_peft(tmp_path, MODEL, **CONFIGS["pattern"])
+    decompose_from_cache(MODEL, cache=tmp_path / "cache.pt", output=tmp_path / "out", options=CacheOptions("kpm"))
+    residual = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model = PeftModel.from_pretrained(residual, str(tmp_path / "out"), subfolder="corda_init")
+    layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
+    assert len(layers) == 42
+    assert {layer.scaling["default"] for layer in layers} == {1.0}
+    assert {layer.r["default"] for layer in layers} == {2, 4, 7}
+
+
+def test_the_cache_of_a_conv1d_model_is_taken_out_transposed(tmp_path: Path) -> None:
+    base = families.tiny("gpt2")
+    base.save_pretrained(tmp_path / "base")
+    modules = ["c_attn", "c_proj", "c_fc"]
+    decompose(
+        tmp_path / "base", output=tmp_path / "out",
+        options=DecomposeOptions("ipm", 4, method="svd", targets=tuple(modules)),
+    )  # fmt: skip
+    cache = write_cache(tmp_path / "cache.pt", tmp_path / "out" / "corda_init").path
+    decompose_from_cache(tmp_path / "base", cache=cache, output=tmp_path / "again", options=CacheOptions("ipm"))
+    assert weights(tmp_path / "again").keys() == weights(tmp_path / "out").keys()
+    for name, tensor in weights(tmp_path / "out").items():
+        assert torch.equal(weights(tmp_path / "again")[name], tensor)
+    adapters = [load_file(tmp_path / name / "corda_init" / "adapter_model.safetensors") for name in ("out", "again")]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
+
+
+def test_base_minus_and_plus_the_cache_is_the_base(tmp_path: Path) -> None:
+    cached_by_peft(tmp_path, MODEL, **CONFIGS["alpha"])
+    decompose_from_cache(
+        MODEL, cache=tmp_path / "cache.pt", output=tmp_path / "out", options=CacheOptions("kpm", 9),
+        run=RunOptions(dtype="float32"),
+    )  # fmt: skip
+    merge(tmp_path / "out", adapter=tmp_path / "out" / "corda_init", output=tmp_path / "merged", options=MergeOptions())
+    for name, tensor in weights(MODEL).items():
+        torch.testing.assert_close(weights(tmp_path / "merged")[name], tensor.float(), rtol=0, atol=1e-6)
+
+
+def test_names_of_the_model_without_its_head_are_found(tmp_path: Path) -> None:
+    write_cache(tmp_path / "cache.pt", RESIDUAL / "corda_init")
+    cache = torch.load(tmp_path / "cache.pt", weights_only=True)
+    torch.save({name.removeprefix("model."): tensor for name, tensor in cache.items()}, tmp_path / "headless.pt")
+    for name in ("cache", "headless"):
+        options = CacheOptions("kpm", rank=8)
+        decompose_from_cache(MODEL, cache=tmp_path / f"{name}.pt", output=tmp_path / name, options=options)
+    assert all(
+        torch.equal(weights(tmp_path / "headless")[name], tensor)
+        for name, tensor in weights(tmp_path / "cache").items()
+    )
+    expected = load_file(RESIDUAL / "corda_init" / "adapter_model.safetensors")
+    found = load_file(tmp_path / "headless" / "corda_init" / "adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def cache_refusal(
+    kind: type[CordaConvertError], tmp_path: Path, changes: dict[str, torch.Tensor | None], **options: Any
+) -> str:
+    """The message for the fixture's cache with some entries changed or taken out."""
+    model = options.pop("model", MODEL)
+    write_cache(tmp_path / "good.pt", RESIDUAL / "corda_init")
+    cache = {**torch.load(tmp_path / "good.pt", weights_only=True), **changes}
+    torch.save({name: tensor for name, tensor in cache.items() if tensor is not None}, tmp_path / "cache.pt")
+    with pytest.raises(kind) as caught:
+        decompose_from_cache(
+            model, cache=tmp_path / "cache.pt", output=tmp_path / "out", options=CacheOptions("kpm", **options)
+        )
+    assert not (tmp_path / "out").exists()
+    return str(caught.value)
+
+
+FIRST = "model.layers.0.mlp.up_proj"
+
+
+def test_a_cache_that_lacks_a_part_or_holds_something_else_is_refused(tmp_path: Path) -> None:
+    message = cache_refusal(MalformedFile, tmp_path, {f"{FIRST}.eigens.U_WC": None, "other": random(2)})
+    assert message.startswith(f"{tmp_path / 'cache.pt'} is no CorDA cache of PEFT: other, {FIRST}.")
+
+
+def test_a_cache_of_another_rank_than_was_asked_for_is_refused(tmp_path: Path) -> None:
+    message = cache_refusal(UnsupportedInput, tmp_path, {}, rank=4)
+    assert message.startswith("The cache has rank 8 for model.layers.0.")
+    assert message.endswith(
+        "and 37 more; rank 4 was asked for.\nA cache holds the components of one rank, and no others.\n"
+        "Leave out --rank, or decompose with the covariances."
+    )
+
+
+def test_vectors_of_other_lengths_are_refused(tmp_path: Path) -> None:
+    message = cache_refusal(AdapterMismatch, tmp_path, {f"{FIRST}.eigens.V_WC": random(95, 8)})
+    assert message == (
+        f"S, U, V of {FIRST} are (8,), (176, 8), (95, 8); its weight is (176, 96), so (r,), (176, r), (96, r) were expected."
+        "\nThe cache is of another model, or damaged."
+    )
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan")], ids=str)
+def test_singular_values_that_are_none_are_refused(value: float, tmp_path: Path) -> None:
+    message = cache_refusal(NotFinite, tmp_path, {f"{FIRST}.eigens.S_WC": torch.tensor([1.0] * 7 + [value])})
+    assert message == (
+        f"{FIRST}.eigens.S_WC in {tmp_path / 'cache.pt'} holds NaN or negative numbers; singular values were expected."
+    )
+
+
+def test_nan_among_the_vectors_stops_the_run(tmp_path: Path) -> None:
+    vectors = random(176, 8)
+    vectors[3, 1] = torch.nan
+    message = cache_refusal(NotFinite, tmp_path, {f"{FIRST}.eigens.U_WC": vectors})
+    assert f"{FIRST}.lora_B.weight in {tmp_path / 'cache.pt'} holds NaN or Inf." in message
+
+
+def test_a_module_that_the_model_lacks_is_refused(tmp_path: Path) -> None:
+    extra = {f"model.layers.9.mlp.up_proj.eigens.{part}_WC": random(2, 2) for part in "SUV"}
+    assert cache_refusal(AdapterMismatch, tmp_path, extra) == (
+        "cache.pt has vectors for 43 modules; 1 of them are not in model: model.layers.9.mlp.up_proj.\n"
+        "The cache is of another model."
+    )
+
+
+def test_a_module_that_is_no_linear_layer_is_refused(tmp_path: Path) -> None:
+    extra = {f"model.embed_tokens.eigens.{part}_WC": random(2, 2) for part in "SUV"}
+    assert cache_refusal(AdapterMismatch, tmp_path, extra) == (
+        "The cache has vectors for model.embed_tokens, no Linear or Conv1D in model.\nThe cache is of another model."
+    )
+
+
+def test_a_cache_of_another_model_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    other = AutoModelForCausalLM.from_config(AutoModelForCausalLM.from_pretrained(MODEL).config)
+    other.save_pretrained(tmp_path / "other")
+    message = cache_refusal(AdapterMismatch, tmp_path, {}, model=tmp_path / "other")
+    assert message.startswith("cache.pt is not of other: its U diag(S) Vᵀ is ")
+    message = cache_refusal(AdapterMismatch, tmp_path, {}, model=RESIDUAL)
+    assert message == "residual is a residual already: it has its initial adapter with it.\nGive the base model."
+
+
+def test_an_alpha_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
+    assert cache_refusal(UnsupportedInput, tmp_path, {}, alpha=-1.0) == "Alpha is -1.0, a positive number was expected."
