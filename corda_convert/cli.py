@@ -176,6 +176,12 @@ def cli() -> None:
     "--no-residual", is_flag=True, help="Write the adapter alone, to OUTPUT; merge --subtract makes the residual."
 )
 @click.option(
+    "--from-cache",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Compute nothing: take the decomposition out of PEFT's CorDA cache_file, with its modules and ranks.",
+)
+@click.option(
     "--write-cache",
     type=click.Path(path_type=Path),
     metavar="FILE",
@@ -211,6 +217,9 @@ def decompose(model: Path, covariances: Path | None, **options: Any) -> None:
       corda-convert decompose fixtures/model --method svd --mode ipm --rank 8 --no-residual -o init
       corda-convert decompose fixtures/model --cov fixtures/covariances/task.safetensors --truncate 4 -o truncated
     """
+    if options["from_cache"] is not None:
+        _decompose_from_cache(model, covariances, options)
+        return
     _check_decompose_usage(options)
     output = _check_paths(options, ("model", model), ("covariance file", covariances))
     from corda_convert.operations import decompose as operation
@@ -235,6 +244,33 @@ def decompose(model: Path, covariances: Path | None, **options: Any) -> None:
     _report(
         operation.decompose(model, output=output, options=chosen, covariances=covariances, run=_run(options)), options
     )
+
+
+def _decompose_from_cache(model: Path, covariances: Path | None, options: dict[str, Any]) -> None:
+    """`decompose --from-cache`. Raises `click.UsageError` for options that would have no effect."""
+    kept = {"mode", "rank", "alpha", "rslora", "from_cache", "output", "device", "dtype", "max_memory", "dry_run"}
+    kept |= {"overwrite", "push_to", "private", "as_json", "quiet", "verbose"}
+    without = {"method": "corda", "solver": "auto"}
+    others = {name: value for name, value in options.items() if name not in kept} | {"cov": covariances}
+    given = sorted(name for name, value in others.items() if value not in (None, False, (), without.get(name)))
+    if given:
+        raise click.UsageError(f"--from-cache computes nothing; leave out {', '.join(map(_option_name, given))}.")
+    if options["mode"] is None:
+        raise click.UsageError("Missing option '--mode': what the cache was made with.")
+    output = _check_paths(options, ("model", model), ("cache file", options["from_cache"]))
+    from corda_convert.operations import from_cache as operation
+
+    chosen = operation.CacheOptions(options["mode"], options["alpha"], rslora=options["rslora"], rank=options["rank"])
+    outcome = operation.decompose_from_cache(
+        model, cache=options["from_cache"], output=output, options=chosen, run=_run(options)
+    )
+    _report(outcome, options)
+
+
+def _option_name(parameter: str) -> str:
+    """`--target` for `targets`."""
+    names = {"targets": "target", "excluded": "exclude"}
+    return f"--{names.get(parameter, parameter).replace('_', '-')}"
 
 
 def _check_decompose_usage(options: dict[str, Any]) -> None:

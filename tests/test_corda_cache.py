@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from building import (
     UP,
     lora_tensors,
     random,
+    read_json,
+    weight_files,
     write_adapter,
     write_lora,
 )
 from building import lora_config as adapter_config
+from conftest import Ran
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
@@ -466,3 +470,53 @@ def test_a_cache_of_another_model_of_the_same_shapes_is_refused(tmp_path: Path) 
 
 def test_an_alpha_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
     assert cache_refusal(UnsupportedInput, tmp_path, {}, alpha=-1.0) == "Alpha is -1.0, a positive number was expected."
+
+
+# On the command line
+
+
+def test_a_cache_goes_round_on_the_command_line(done: Callable[..., Ran], tmp_path: Path) -> None:
+    """Decomposed with a cache written beside, and the same residual and adapter again from that cache."""
+    first, again, cache = tmp_path / "first", tmp_path / "again", tmp_path / "cache.pt"
+    arguments = ("decompose", MODEL, "--cov", COVARIANCES, "--mode", "kpm", "--rank", 4, "--alpha", 12, "-q")
+    done(*arguments, "--write-cache", cache, "-o", first)
+    done("decompose", MODEL, "--from-cache", cache, "--mode", "kpm", "--rank", 4, "--alpha", 12, "-o", again)
+    assert weight_files(first) == weight_files(again)
+    configs = [read_json(folder / "corda_init" / "adapter_config.json") for folder in (first, again)]
+    assert configs[0] | {"base_model_name_or_path": None} == configs[1] | {"base_model_name_or_path": None}
+
+
+def test_the_summary_and_the_card_say_where_the_adapter_comes_from(done: Callable[..., Ran], tmp_path: Path) -> None:
+    cache = write_cache(tmp_path / "cache.pt", RESIDUAL / "corda_init").path
+    ran = done("decompose", MODEL, "--from-cache", cache, "--mode", "kpm", "-o", tmp_path / "out")
+    assert ran.out.startswith("Decomposed model (corda, kpm, rank 8) → ")
+    assert "lora, 42 modules, rank 8, alpha 8, scaling 1" in ran.out
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "the adapter that PEFT's CorDA cache `cache.pt` holds, to train beside it." in card
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--mode", "kpm", "--cov", COVARIANCES), "--from-cache computes nothing; leave out --cov."),
+        (("--mode", "kpm", "--target", "up_proj"), "--from-cache computes nothing; leave out --target."),
+        (("--mode", "kpm", "--method", "svd"), "--from-cache computes nothing; leave out --method."),
+        (("--mode", "kpm", "--solver", "dense"), "--from-cache computes nothing; leave out --solver."),
+        (
+            ("--truncate", 3, "--exclude", "x", "--no-residual"),
+            "--from-cache computes nothing; leave out --exclude, --no-residual, --truncate.",
+        ),
+        ((), "Missing option '--mode': what the cache was made with."),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_options_that_a_cache_leaves_without_effect_are_wrong_usage(
+    arguments: tuple[object, ...], message: str, command: Callable[..., Ran], tmp_path: Path
+) -> None:
+    ran = command("decompose", MODEL, "--from-cache", tmp_path / "cache.pt", *arguments, "-o", tmp_path / "out")
+    assert (ran.status, ran.err.rpartition("Error: ")[2].strip()) == (2, message)
+
+
+def test_a_cache_that_is_not_there_is_refused(refusal: Callable[..., str], tmp_path: Path) -> None:
+    message = refusal("decompose", MODEL, "--from-cache", tmp_path / "cache.pt", "--mode", "kpm")
+    assert message.startswith(f"No such cache file: {tmp_path / 'cache.pt'}")

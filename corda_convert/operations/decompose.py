@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from corda_convert.adapters.source import PEFT_PREFIX
-from corda_convert.checkpoint.covariances import Covariances, read_covariances
+from corda_convert.checkpoint.covariances import Covariances, at_run_time, read_covariances
 from corda_convert.checkpoint.folder import INITIAL_ADAPTER_FOLDER, Checkpoint, read_checkpoint
 from corda_convert.checkpoint.names import NameMap
 from corda_convert.checkpoint.structure import read_structure
@@ -59,6 +59,7 @@ def decompose(
     raise_problems(option_problems(options, split, checkpoint, covariances, run))
     matrices = None if covariances is None else read_covariances(Path(covariances))
     names = NameMap(checkpoint, read_structure(checkpoint.root, checkpoint.config, checkpoint.tensors))
+    matrices = None if matrices is None else at_run_time(matrices, names)
     targets, warnings = _targets(names, options, split, matrices)
     transforms = {target.weight.name: _transform(target, options, split) for target in targets}
     writing = plan_writing(names, targets, transforms, options, split, run, output)
