@@ -1,4 +1,4 @@
-"""Damping of a covariance, and the matrix that a weight is multiplied with before its singular vectors are taken."""
+"""Damping of a covariance, and how well-conditioned it is."""
 
 from __future__ import annotations
 
@@ -42,6 +42,13 @@ def reference_damping(covariance: Tensor) -> Damping | None:
     return None
 
 
-def weighted(weight: Tensor, covariance: Tensor, damping: Damping) -> Tensor:
-    """`W (C + λI)` in float64: (d_out, d_in). CorDA takes the singular vectors of this (its eq. 2, with damping)."""
-    return torch.addmm(weight, weight, covariance.double(), beta=damping.amount)
+def rank_and_condition(covariance: Tensor) -> tuple[int, float | None]:
+    """How many eigenvalues stand above float32's resolution of the largest, and the largest by the smallest.
+
+    The latter is None where the smallest is not above it.
+    """
+    eigenvalues = torch.linalg.eigvalsh(covariance.double())
+    largest, smallest = float(eigenvalues[-1]), float(eigenvalues[0])
+    floor = covariance.shape[0] * torch.finfo(torch.float32).eps * largest
+    rank = int((eigenvalues > floor).sum())
+    return rank, largest / smallest if smallest > 0 and rank == covariance.shape[0] else None

@@ -1,15 +1,87 @@
-"""Singular subspaces of a weighted matrix, and the decomposition of a weight along one."""
+"""Left singular vectors of `M = W T` at one end of its spectrum, with a certificate, by the solver that suits the problem.
+
+- `block-lanczos` (top): applies `W T Tᵀ Wᵀ` to small blocks; M is never formed.
+- `shift-invert-lanczos` (bottom): a Cholesky factor of the Gram matrix, shifted to just below its smallest eigenvalue, so
+  that convergence does not depend on how far the smallest ones stand apart relative to their size.
+- `inverse-lanczos-qr` (bottom): the triangle of a QR factorization of Mᵀ instead, where M is so ill-conditioned that its
+  Gram matrix has lost the smallest ones: their squares are below float64's resolution of the largest.
+- `dense-eigh`: all eigenvectors of the Gram matrix: for small problems, a large rank, or where Lanczos fails at the top.
+- `dense-svd`: the whole SVD: where nothing else has a certificate that holds.
+
+Each ends with a Rayleigh-Ritz step on M itself, not on its square, and with residuals of M.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import fsum, isfinite
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from corda_convert.linalg.lanczos import block_lanczos, random_block
+from corda_convert.linalg.panels import LARGE_TILE, PANEL, Cholesky, gram, subtract_product, times, transposed_times
+from corda_convert.linalg.threads import Team
+from corda_convert.linalg.weighting import NoWeighting, Weighting
+
 End = Literal["top", "bottom"]
 """`top`: the largest singular values (CorDA's ipm, PiSSA). `bottom`: the smallest (CorDA's kpm)."""
+
+Solver = Literal["auto", "dense", "krylov"]
+
+DENSE_SIDE = 512
+"""Up to this side all eigenvectors take no longer than some."""
+
+DENSE_SHARE = 4
+"""From a rank of side / 4 on, too."""
+
+MOST_PER_RANK = 6
+"""An iteration's basis has at most this times the rank of vectors, and some blocks; then it has not converged."""
+
+TOLERANCE = 1e-4
+"""Bound on the angle at which an iteration ends."""
+
+ACCEPTED_ANGLE = 1e-2
+"""A certificate holds up to this bound on the angle, which rounding of the residuals alone may bring to 1e-3."""
+
+ACCEPTED_RELATIVE = 1e-4
+"""Or up to this relative residual: then they are singular vectors, and if the angle is open, it is because the neighbour has
+nearly the same singular value, so that it matters little which of them was taken."""
+
+ZERO = 64 * torch.finfo(torch.float64).eps
+"""Singular values below this times the largest are as good as zero."""
+
+
+WELL_CONDITIONED = 1e-5
+"""From this ratio of the triangle's diagonal on, two Cholesky factorizations give Q and R as well as Householder's do."""
+
+SHIFTS = (0.95, 0.8, 0.5)
+"""Shares of the estimate of the smallest eigenvalue, which is never too small, that are tried as shifts."""
+
+PROBES = 16
+"""Random vectors for an estimate of what was not seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedMatrix:
+    """`M = W T`: W (d_out, d_in) of any floating dtype, T (d_in, d_in)."""
+
+    W: Tensor
+    T: Weighting
+
+    def adjoint(self, team: Team, U: Tensor) -> Tensor:
+        """`Mᵀ U`, U (d_out, k)."""
+        return self.T.transposed_times(team, transposed_times(team, self.W, U))
+
+    def forward(self, team: Team, Y: Tensor) -> Tensor:
+        """`M Y`, Y (d_in, k)."""
+        return times(team, self.W, self.T.times(team, Y))
+
+    def transposed(self, team: Team) -> Tensor:
+        """`Mᵀ` itself, (d_in, d_out) float64."""
+        return self.T.transposed_times(team, self.W.double().T)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,79 +90,384 @@ class Subspace:
 
     Attributes:
         U: (d_out, rank), orthonormal columns, each with its largest entry positive.
-        singular_values: (rank,), the norms of `Uᵀ M`.
-        spectrum: (min(d_out, d_in),), all singular values, falling.
+        projected: (d_in, rank), `Wᵀ U`.
+        singular_values: (rank,), the norms of `Mᵀ U`.
+        neighbour: the singular value next to them, which was not taken; None if all were.
+        largest: the largest singular value.
+        smallest: the smallest one; None where the solver does not see it.
+        energy: `‖M‖_F²`; beyond what the solver saw an estimate, where `energy_is_estimated`.
+        solver: its name.
+        fallback_from: solvers that were tried before and did not get there.
+        steps: how often an operator was applied to a block; None for a dense solver.
         residual: the largest `‖M Mᵀ u − σ² u‖ / σ_max²` over the columns.
+        relative: the largest `‖M Mᵀ u − σ² u‖ / σ²` over the columns whose σ is not as good as zero.
+        angle: a bound on the sine of the largest angle to the true subspace: the norm of `‖residual‖ / |σ² − neighbour²|`
+            over the columns; None without a neighbour. Since such residuals are at best `eps · σ_max²`, the solvers that
+            are there for far smaller σ have their own: the same with `(M Mᵀ)⁻¹`, or Wedin's bound of a backward stable SVD.
         orthonormality: the largest entry of `|UᵀU − I|`.
     """
 
     U: Tensor
+    projected: Tensor
     singular_values: Tensor
-    spectrum: Tensor
+    neighbour: float | None
+    largest: float
+    smallest: float | None
+    energy: float
+    energy_is_estimated: bool
+    solver: str
+    fallback_from: tuple[str, ...]
+    steps: int | None
     residual: float
+    relative: float
+    angle: float | None
     orthonormality: float
+
+    @property
+    def is_certified(self) -> bool:
+        """Whether the residuals say that these are singular vectors, and the wanted ones."""
+        return self.orthonormality < 1e-9 and (
+            self.angle is None or self.angle <= ACCEPTED_ANGLE or self.relative <= ACCEPTED_RELATIVE
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidates:
+    """What a solver found: orthonormal columns that hold the wanted vectors, and some of their neighbours.
+
+    `angle` is a bound that the solver knows of its own, up to the rounding of M, where it is better than what residuals of
+    `M Mᵀ` can tell.
+    """
+
+    V: Tensor
+    solver: str
+    energy: float
+    energy_is_estimated: bool = False
+    largest: float | None = None
+    steps: int | None = None
+    spectrum: Tensor | None = None
+    angle: float | None = None
 
 
 def load_solvers() -> None:
     """Runs each solver on a tiny problem, so that what LAPACK loads late is in memory before that is planned."""
-    for shape in ((2, 3), (3, 2)):
-        for end in ("top", "bottom"):
-            left_subspace(torch.eye(*shape, dtype=torch.float64), rank=1, end=end)
+    with Team(torch.device("cpu")) as team:
+        for shape in ((9, 12), (12, 9)):
+            W = random_block(*shape, torch.empty(0))
+            ends: tuple[End, ...] = ("top", "bottom")
+            for end in ends:
+                left_subspace(team, WeightedMatrix(W, NoWeighting()), rank=1, end=end, solver="krylov")
+                left_subspace(team, WeightedMatrix(W, NoWeighting()), rank=1, end=end, solver="dense")
 
 
-def left_subspace(M: Tensor, *, rank: int, end: End) -> Subspace:
-    """The `rank` left singular vectors of `M` (d_out, d_in) at one end of its spectrum.
+def left_subspace(team: Team, M: WeightedMatrix, *, rank: int, end: End, solver: Solver = "auto") -> Subspace:
+    """The `rank` left singular vectors of `M` (d_out, d_in) at one end of its min(d_out, d_in) singular values.
 
-    Dense float64 eigenvectors of the Gram matrix of the smaller side (design: "every method here is one projection").
-    A tall matrix is first reduced by QR for its bottom end, since its own Gram matrix has a null space of
-    d_out − d_in dimensions that swallows the smallest vectors.
-
-    `rank` is at most min(d_out, d_in). The cost is that of one Gram matrix and one `eigh`.
+    `rank` is at most that. `solver` chooses what is tried first: the dense one, or Lanczos whatever the size. What is not
+    certified is done again by the next one. Raises `torch.linalg.LinAlgError` where float64 does not hold the numbers.
     """
-    M = M.to(torch.float64)
-    d_out, d_in = M.shape
-    if d_out <= d_in:
-        U, spectrum = _gram_vectors(M, rank, end)
+    d_out, d_in = M.W.shape
+    if end == "bottom" and d_out > d_in:
+        return _reduced(team, M, rank, solver)
+    tried: list[Subspace] = []
+    for candidates in _tries(team, M, rank, end, solver):
+        tried.append(_finish(team, M, candidates, rank, end))
+        if tried[-1].is_certified:
+            break
+    best = min(tried, key=_badness)
+    return replace(best, fallback_from=tuple(each.solver for each in tried if each is not best))
+
+
+def _tries(team: Team, M: WeightedMatrix, rank: int, end: End, solver: Solver) -> Iterator[_Candidates]:
+    """Candidates by one solver after the other; the next is asked only where the last one's certificate does not hold."""
+    side = min(M.W.shape)
+    is_small = side <= DENSE_SIDE or DENSE_SHARE * rank >= side
+    is_tiny = side < max(2 * rank, 6 * _block(rank))
+    if solver == "dense" or (solver == "auto" and is_small) or is_tiny:
+        yield _dense(team, M, rank, end)
     elif end == "top":
-        V, spectrum = _gram_vectors(M.T, rank, end)
-        U = torch.linalg.qr(M @ V).Q
+        yield _top(team, M, rank)
+        yield _dense(team, M, rank, end)
     else:
-        reflectors, tau = torch.geqrf(M)
-        small, spectrum = _gram_vectors(reflectors[:d_in].triu(), rank, end)
-        padded = torch.zeros(d_out, rank, dtype=M.dtype, device=M.device)
-        padded[:d_in] = small
-        U = torch.ormqr(reflectors, tau, padded)
-    U = fix_signs(U)
-    return _certify(M, U, spectrum)
+        yield from _bottom_tries(team, M, rank)
+    yield _whole(team, M, rank, end)
 
 
-def _gram_vectors(M: Tensor, rank: int, end: End) -> tuple[Tensor, Tensor]:
-    eigenvalues, vectors = torch.linalg.eigh(M @ M.T)
-    spectrum = eigenvalues.clamp(min=0).sqrt().flip(0)
-    chosen = vectors[:, -rank:] if end == "top" else vectors[:, :rank]
-    return chosen.flip(1).contiguous(), spectrum
+def workspace_elements(shape: tuple[int, int], rank: int, end: End, solver: Solver) -> int:
+    """Float64 numbers that `left_subspace` and what follows it hold at once, at most, for a W of this shape.
+
+    M and W in float64 with a Gram matrix, its factor or eigenvectors and LAPACK's own workspace, and the basis; the dense
+    solver may follow on any other.
+    """
+    d_out, d_in = shape
+    side = min(shape)
+    steps = 0 if solver == "dense" else MOST_PER_RANK * rank + 16 * 64
+    basis = min(steps, side) * (d_out + 2 * min(steps, side))
+    reduced = 2 * d_out * d_in if end == "bottom" and d_out > d_in else 0
+    return (
+        2 * d_out * d_in + reduced + 6 * side * side + basis + 8 * rank * (d_out + d_in) + 4 * LARGE_TILE * max(shape)
+    )
 
 
-def _certify(M: Tensor, U: Tensor, spectrum: Tensor) -> Subspace:
-    projected = M.T @ U
-    singular_values = torch.linalg.vector_norm(projected, dim=0)
-    scale = float(spectrum[0]) ** 2
-    residuals = torch.linalg.vector_norm(M @ projected - U * singular_values.square(), dim=0)
-    identity = torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
-    return Subspace(
+def _reduced(team: Team, M: WeightedMatrix, rank: int, solver: Solver) -> Subspace:
+    """The bottom of a tall M, whose own Gram matrix has a null space that swallows it: that of `R T`, for `W = Q R`."""
+    basis, R = _orthonormal_basis(team, M.W)
+    small = left_subspace(team, WeightedMatrix(R, M.T), rank=rank, end="bottom", solver=solver)
+    U, _ = fix_signs(basis(small.U))
+    identity = torch.eye(rank, dtype=U.dtype, device=U.device)
+    return replace(
+        small,
         U=U,
-        singular_values=singular_values,
-        spectrum=spectrum,
-        residual=float(residuals.max()) / scale if scale > 0 else 0.0,
+        projected=transposed_times(team, M.W, U),
         orthonormality=float((U.T @ U - identity).abs().max()),
     )
 
 
-def fix_signs(U: Tensor) -> Tensor:
-    """Turns each column so that its entry of largest magnitude is positive: the same vectors from every solver."""
+def _orthonormal_basis(team: Team, W: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """`W = Q R` of a tall W (d_out, d_in): what multiplies (d_in, k) with Q, and R.
+
+    By two Cholesky factorizations (CholeskyQR2, doi:10.1137/1.9781611974690), products alone, where W is well-conditioned
+    enough for that; else by Householder's.
+    """
+    Q = W.to(torch.float64, copy=True)
+    first = _divide_by_triangle(team, Q)
+    if first is not None and float(first.diagonal().min()) >= WELL_CONDITIONED * float(first.diagonal().max()):
+        second = _divide_by_triangle(team, Q)
+        if second is not None:
+            return lambda X: times(team, Q, X), second @ first
+    reflectors, tau = torch.geqrf(W.double())
+
+    def apply(X: Tensor) -> Tensor:
+        padded = torch.zeros(W.shape[0], X.shape[1], dtype=X.dtype, device=X.device)
+        padded[: W.shape[1]] = X
+        product: Tensor = torch.ormqr(reflectors, tau, padded)
+        return product
+
+    return apply, reflectors[: W.shape[1]].triu()
+
+
+def _divide_by_triangle(team: Team, Q: Tensor) -> Tensor | None:
+    """`Q ← Q R⁻¹` with the triangle R of `QᵀQ = RᵀR`, which it returns; None where that is not positive definite."""
+    factor = Cholesky.of(team, gram(team, Q))
+    if factor is None:
+        return None
+    R = factor.lower().T
+
+    def divide(rows: slice) -> None:
+        Q[rows] = torch.linalg.solve_triangular(R, Q[rows], upper=True, left=False)
+
+    team.each(divide, Q.shape[0], PANEL)
+    return R
+
+
+def _top(team: Team, M: WeightedMatrix, rank: int) -> _Candidates:
+    d_out, d_in = M.W.shape
+    side = min(d_out, d_in)
+    block = _block(rank)
+    start = M.forward(team, random_block(d_in, block, M.W))
+    found = block_lanczos(
+        team,
+        lambda U: M.forward(team, M.adjoint(team, U)),
+        start,
+        wanted=rank,
+        most=min(side, MOST_PER_RANK * rank + 8 * block),
+        tolerance=TOLERANCE,
+    )
+    seen = float(found.values.sum())
+    return _Candidates(
+        V=found.vectors(_candidates(rank, len(found.values))),
+        solver="block-lanczos",
+        energy=seen + _energy_outside(team, M, found.basis),
+        energy_is_estimated=True,
+        steps=found.steps,
+    )
+
+
+def _energy_outside(team: Team, M: WeightedMatrix, basis: Tensor) -> float:
+    """An estimate of `‖(I − QQᵀ) M‖_F²` from random vectors (Hutchinson's, as in Hutch++, arXiv:2010.09649)."""
+    probes = random_block(basis.shape[0], 2 * PROBES, basis)[:, PROBES:].contiguous()
+    subtract_product(team, probes, basis, transposed_times(team, basis, probes))
+    return float(M.adjoint(team, probes).square().sum()) / PROBES
+
+
+def _bottom_tries(team: Team, M: WeightedMatrix, rank: int) -> Iterator[_Candidates]:
+    """Candidates for the bottom of an M that is not tall, by one solver after the other."""
+    Mt = M.transposed(team)
+    G = gram(team, Mt)
+    del Mt
+    energy = float(G.diagonal().sum())
+    if energy == 0.0:
+        return
+    largest = _largest_eigenvalue(team, G)
+    factor = Cholesky.of(team, G.clone())
+    if factor is not None:
+        yield _shift_inverted(team, G, factor, rank, energy, largest)
+    del factor, G
+    R = torch.linalg.qr(M.transposed(team), mode="r").R
+    least = float(R.diagonal().abs().max()) * torch.finfo(R.dtype).eps
+    diagonal = R.diagonal()
+    diagonal[diagonal.abs() < least] = least
+    V, steps, angle = _inverted(team, Cholesky(team, R.T.contiguous()), rank)
+    yield _Candidates(V, "inverse-lanczos-qr", energy, largest=largest, steps=steps, angle=angle)
+
+
+def _largest_eigenvalue(team: Team, G: Tensor) -> float:
+    start = random_block(G.shape[0], 8, G)
+    found = block_lanczos(team, lambda X: times(team, G, X), start, wanted=1, most=min(G.shape[0], 64), tolerance=1e-2)
+    return float(found.values[0])
+
+
+def _shift_inverted(team: Team, G: Tensor, factor: Cholesky, rank: int, energy: float, largest: float) -> _Candidates:
+    """Lanczos with `(G − μI)⁻¹`, μ just below the smallest eigenvalue of G; with `G⁻¹`, if G has none above rounding."""
+    block = _inverse_block(rank)
+    start = random_block(G.shape[0], block, G)
+    rough = block_lanczos(team, factor.solve, start, wanted=1, most=min(G.shape[0], 6 * block), tolerance=1e-3)
+    smallest = 1.0 / float(rough.values[0])
+    start = rough.vectors(block)
+    for share in (*SHIFTS, 0.0):
+        shifted = factor.reuse().copy_(G)
+        shifted.diagonal().sub_(share * smallest)
+        if (closer := Cholesky.of(team, shifted)) is not None:
+            factor = closer
+            break
+    V, steps, _ = _inverted(team, factor, rank, start)
+    return _Candidates(V, "shift-invert-lanczos", energy, largest=largest, steps=rough.steps + steps)
+
+
+def _inverted(team: Team, factor: Cholesky, rank: int, start: Tensor | None = None) -> tuple[Tensor, int, float]:
+    """Candidates for the bottom, orthonormal, the number of steps that they took, and the bound on their angle.
+
+    One more solve at the end: it takes out what little the vectors hold of the largest ones, which M would amplify.
+    """
+    block = _inverse_block(rank)
+    if start is None:
+        start = random_block(factor.side, block, factor.like)
+    most = min(factor.side, MOST_PER_RANK * rank + 16 * block)
+    found = block_lanczos(team, factor.solve, start, wanted=rank, most=most, tolerance=TOLERANCE)
+    V = factor.solve(found.vectors(_candidates(rank, len(found.values))))
+    return torch.linalg.qr(V).Q, found.steps + 1, found.angle
+
+
+def _block(rank: int) -> int:
+    """Columns of a block: the more the faster each product, the fewer the sooner it converges."""
+    return min(max(-(-3 * rank // 8) // 8 * 8, 8), 64)
+
+
+def _inverse_block(rank: int) -> int:
+    """The same with an inverse, where more steps are needed."""
+    return min(max(-(-rank // 4) // 8 * 8, 8), 64)
+
+
+def _candidates(rank: int, available: int) -> int:
+    """So many vectors go into the last Rayleigh-Ritz step: those beyond the rank take up what errors they hold."""
+    return min(available, rank + max(rank // 2, 8))
+
+
+def _dense(team: Team, M: WeightedMatrix, rank: int, end: End) -> _Candidates:
+    d_out, d_in = M.W.shape
+    Mt = M.transposed(team)
+    G = gram(team, Mt.T if d_out > d_in else Mt)
+    energy = float(G.diagonal().sum())
+    eigenvalues, vectors = torch.linalg.eigh(G)
+    del G
+    spectrum = eigenvalues.clamp(min=0).sqrt().flip(0)
+    count = _candidates(rank, len(spectrum))
+    chosen = vectors[:, -count:] if end == "top" else vectors[:, :count]
+    if d_out > d_in:
+        chosen = torch.linalg.qr(M.forward(team, chosen)).Q
+    return _Candidates(chosen, "dense-eigh", energy, spectrum=spectrum)
+
+
+def _whole(team: Team, M: WeightedMatrix, rank: int, end: End) -> _Candidates:
+    """By the SVD of Mᵀ, which keeps singular values whose squares a Gram matrix loses."""
+    _, spectrum, Uh = torch.linalg.svd(M.transposed(team), full_matrices=False)
+    count = _candidates(rank, len(spectrum))
+    chosen = Uh.T[:, :count] if end == "top" else Uh.T[:, -count:]
+    return _Candidates(chosen, "dense-svd", float(spectrum.square().sum()), spectrum=spectrum, angle=0.0)
+
+
+def _finish(team: Team, M: WeightedMatrix, found: _Candidates, rank: int, end: End) -> Subspace:
+    """The wanted ones of the candidates, by the singular values of M on them."""
+    Y = transposed_times(team, M.W, found.V)
+    P = M.T.transposed_times(team, Y)
+    values, coefficients = _right_singular(P)
+    wanted, neighbour = (slice(0, rank), rank) if end == "top" else (slice(-rank, None), len(values) - rank - 1)
+    coefficients = coefficients[:, wanted]
+    U, signs = fix_signs(found.V @ coefficients)
+    coefficients = coefficients * signs
+    largest = float(values[0]) if end == "top" else (found.largest or 0.0) ** 0.5
+    smallest = float(values[-1]) if end == "bottom" else None
+    if found.spectrum is not None:
+        largest, smallest = float(found.spectrum[0]), float(found.spectrum[-1])
+    beside = float(values[neighbour]) if 0 <= neighbour < len(values) else None
+    certified = _certified(team, M, U, Y @ coefficients, P @ coefficients, largest, beside)
+    if found.angle is not None and beside is not None:
+        taken = certified["singular_values"]
+        gap = min(abs(float(end_value) - beside) for end_value in (taken[0], taken[-1]))
+        noise = 4 * len(P) ** 0.5 * torch.finfo(P.dtype).eps * largest
+        certified["angle"] = min(certified["angle"], found.angle + (noise / gap if gap > noise else 1.0))
+    return Subspace(
+        **certified,
+        neighbour=beside,
+        largest=largest,
+        smallest=smallest,
+        energy=found.energy,
+        energy_is_estimated=found.energy_is_estimated,
+        solver=found.solver,
+        fallback_from=(),
+        steps=found.steps,
+    )
+
+
+def _right_singular(P: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values of P (n, k), falling, and its right singular vectors."""
+    _, values, Vh = torch.linalg.svd(torch.linalg.qr(P).R)
+    return values, Vh.T
+
+
+def _certified(
+    team: Team,
+    M: WeightedMatrix,
+    U: Tensor,
+    projected: Tensor,
+    adjoint: Tensor,
+    largest: float,
+    neighbour: float | None,
+) -> dict[str, Any]:
+    """What is known of the vectors by applying M to `adjoint`, which is `Mᵀ U`, as `projected` is `Wᵀ U`."""
+    values = torch.linalg.vector_norm(adjoint, dim=0)
+    residuals = torch.linalg.vector_norm(M.forward(team, adjoint) - U * values.square(), dim=0)
+    alive = values > ZERO * largest
+    relative = float((residuals[alive] / values[alive].square()).max()) if bool(alive.any()) else 0.0
+    angle = None
+    if neighbour is not None:
+        gaps = (values.square() - neighbour**2).abs().clamp(min=torch.finfo(values.dtype).tiny)
+        angle = min(float(torch.linalg.vector_norm(residuals / gaps)), 1.0)
+    identity = torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
+    return {
+        "U": U,
+        "projected": projected,
+        "singular_values": values,
+        "residual": float(residuals.max()) / largest**2 if largest > 0 else 0.0,
+        "relative": relative,
+        "angle": angle,
+        "orthonormality": float((U.T @ U - identity).abs().max()),
+    }
+
+
+def _badness(found: Subspace) -> tuple[bool, float]:
+    return not found.is_certified, 0.0 if found.angle is None else found.angle
+
+
+def fix_signs(U: Tensor) -> tuple[Tensor, Tensor]:
+    """Turns each column so that its entry of largest magnitude is positive: the same vectors from every solver.
+
+    Returns the turned columns, and the signs (1, k) that they were multiplied with.
+    """
     rows = U.abs().argmax(dim=0, keepdim=True)
     signs = torch.sign(U.gather(0, rows))
-    return U * torch.where(signs == 0, torch.ones_like(signs), signs)
+    signs = torch.where(signs == 0, torch.ones_like(signs), signs)
+    return U * signs, signs
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,25 +479,53 @@ class Factors:
     zero_components: int
 
 
-def balanced_factors(weight: Tensor, subspace: Subspace, *, scaling: float) -> Factors:
+def balanced_factors(found: Subspace, *, scaling: float) -> Factors:
     """Splits the projection `U Uᵀ W` evenly: `B = U Σ^½ / √s`, `A = Σ^-½ Uᵀ W / √s` (CorDA, eq. 4; Σ Vᵀ C⁻¹ = Uᵀ W).
 
-    `weight` is (d_out, d_in) float64. A singular value that is zero in float64 does not divide: its component is
-    zero, so it stays in the residual.
+    A singular value that is zero in float64 does not divide: its component is zero, so it stays in the residual.
     """
-    sigma = subspace.singular_values
-    floor = float(subspace.spectrum[0]) * torch.finfo(torch.float64).eps
-    alive = sigma > floor
+    sigma = found.singular_values
+    alive = sigma > found.largest * torch.finfo(torch.float64).eps
     root = torch.where(alive, sigma, torch.ones_like(sigma)).sqrt()
-    A = (subspace.U.T @ weight) / root[:, None] * alive[:, None]
-    B = subspace.U * root * alive
+    A = found.projected.T / root[:, None] * alive[:, None]
+    B = found.U * root * alive
     share = scaling**-0.5
     return Factors((A * share).float(), (B * share).float(), int((~alive).sum()))
 
 
-def residual(weight: Tensor, factors: Factors, *, scaling: float) -> Tensor:
-    """`W − s·B·A` in float64, with the factors as they are stored, so that the sum gives `W` back up to one rounding."""
-    return torch.addmm(weight, factors.lora_B.double(), factors.lora_A.double(), alpha=-scaling)
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """Squared Frobenius norms: of the weight, of what was taken out of it, and of what rounding the rest cost."""
+
+    weight: float
+    delta: float
+    rounding: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the rest was inside the range of the dtype that it was rounded to."""
+        return isfinite(self.weight + self.delta + self.rounding)
+
+
+def write_residual(team: Team, W: Tensor, factors: Factors, *, scaling: float, out: Tensor) -> Norms:
+    """`W − s·B·A` in float64, with the factors as they are stored, rounded once into `out` (d_out, d_in)."""
+    B, A = factors.lora_B.double(), factors.lora_A.double()
+    sums: dict[int, tuple[float, float, float]] = {}
+
+    def panel(rows: slice) -> None:
+        weight = W[rows].double()
+        delta = (B[rows] @ A).mul_(scaling)
+        exact = weight - delta
+        out[rows] = exact
+        rounding = exact.sub_(out[rows])
+        sums[rows.start] = (_square(weight), _square(delta), _square(rounding))
+
+    team.each(panel, W.shape[0], PANEL)
+    return Norms(*(fsum(sums[row][place] for row in sorted(sums)) for place in range(3)))
+
+
+def _square(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor)) ** 2
 
 
 def subspace_distance(U: Tensor, reference: Tensor) -> float:

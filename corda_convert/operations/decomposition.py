@@ -1,11 +1,11 @@
-"""The transform behind `decompose`: one weight and its covariance → residual weight and initial LoRA factors."""
+"""The transform behind `decompose`: one weight and its context → residual weight and initial LoRA factors."""
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import sqrt
 from typing import TYPE_CHECKING, Literal
 
 from corda_convert.adapters.factors import Layout, dimensions
@@ -18,57 +18,84 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from corda_convert.linalg.covariance import Damping
-    from corda_convert.linalg.subspace import Subspace
+    from corda_convert.linalg.subspace import Factors, Solver, Subspace
+    from corda_convert.linalg.threads import Team
+    from corda_convert.linalg.weighting import Weighting
 
 Mode = Literal["ipm", "kpm"]
-Method = Literal["corda", "svd"]
+"""`ipm` takes the largest singular values, `kpm` the smallest."""
+
+Method = Literal["corda", "svd", "asvd", "svd-llm"]
+
+FULL_SIDE = 1024
+"""Up to this side a covariance's rank and condition are found from all of its eigenvalues."""
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Output names of residual, lora_A and lora_B; None for what is not made."""
+
+    residual: str | None
+    lora_A: str | None
+    lora_B: str | None
+
+    @property
+    def made(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.residual, self.lora_A, self.lora_B) if name is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class DecomposeTransform:
-    """`W_res = W − s·B·A` with `s·B·A = U Uᵀ W`, U the left singular vectors of `W (C + λI)` (or of W, method svd).
+    """`W_res = W − s·B·A` with `s·B·A = U Uᵀ W`, U the left singular vectors of `W T`, T the method's own.
 
     Attributes:
         weight: the stored weight.
-        covariance: (d_in, d_in), or None for method svd.
-        damp: a factor of the mean diagonal, or `peft` for the reference's doubling rule.
-        names: output names of residual, lora_A and lora_B.
+        context: the covariance (d_in, d_in) for corda and svd-llm, mean absolute inputs (d_in,) for asvd, None for svd.
+        damp: corda's: a factor of the mean diagonal, or `peft` for the reference's doubling rule.
+        asvd_alpha: the exponent of asvd's scale.
     """
 
     module_name: str
     weight: TensorRef
-    covariance: TensorRef | None
+    context: TensorRef | None
     layout: Layout
     mode: Mode
+    method: Method
     rank: int
     scaling: float
     damp: float | Literal["peft"]
-    names: tuple[str, str, str]
+    names: Names
+    solver: Solver = "auto"
+    asvd_alpha: float = 0.5
 
-    action = "decomposed"
     row_quantum = 1
     streamed: Mapping[str, TensorRef] = field(default_factory=dict)
 
     @property
+    def action(self) -> str:
+        """`truncated` where the components are kept nowhere."""
+        return "decomposed" if self.names.lora_A is not None else "truncated"
+
+    @property
     def whole(self) -> Mapping[str, TensorRef]:
         operands = {"weight": self.weight}
-        return operands if self.covariance is None else {**operands, "covariance": self.covariance}
+        return operands if self.context is None else {**operands, "context": self.context}
 
     def workspace_bytes(self, rows: int) -> int:
-        """W and W·C in float64; then C, or the Gram matrix with its eigenvectors and the solver's own workspace."""
-        d_out, d_in = dimensions(self.weight.spec, self.layout)
-        side = min(d_out, d_in)
-        tall = d_out * d_in if d_out > d_in and self.mode == "kpm" else 0
-        context = 0 if self.covariance is None else (3 if self.damp == "peft" else 1) * d_in * d_in
-        elements = 2 * d_out * d_in + tall + max(context, 5 * side * side) + 4 * self.rank * (d_out + d_in)
+        """Of the solver that needs most of those that may run, and of the panels that its threads hold."""
+        from corda_convert.linalg.subspace import workspace_elements
+
+        shape = dimensions(self.weight.spec, self.layout)
+        end: Literal["top", "bottom"] = "top" if self.mode == "ipm" else "bottom"
+        elements = workspace_elements(shape, self.rank, end, self.solver)
+        d_in = shape[1]
+        if self.context is not None and self.method != "asvd":
+            roots = 2 if self.method == "svd-llm" else 1.5 if self.damp == "peft" else 0
+            elements += int(roots * d_in * d_in) + (2 * d_in * d_in if d_in <= FULL_SIDE else 0)
         return 8 * elements
 
     def begin(self, device: torch.device) -> Session:
         return _DecomposeSession(self, device)
-
-
-SMALL_SIDE = 512
-"""Below this an eigenproblem runs on one thread: threads would only wait for each other, on a busy machine for long."""
 
 
 @dataclass(slots=True)
@@ -83,109 +110,162 @@ class _DecomposeSession:
     def step(self, first_row: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         import torch
 
-        from corda_convert.linalg.threads import one_thread
+        from corda_convert.linalg.threads import Team
 
         begun = time.perf_counter()
-        is_small = min(self.transform.weight.shape) < SMALL_SIDE
-        with one_thread() if is_small else contextlib.nullcontext():
-            try:
-                self._decompose(inputs, outputs)
-            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-                raise NotFinite(
-                    f"The singular vectors of {self.transform.module_name} cannot be computed in float64.",
-                    why="The values of its weight or its covariance are far too large.",
-                ) from None
+        try:
+            with Team(self.device) as team:
+                self._decompose(team, inputs, outputs)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            raise NotFinite(
+                f"The singular vectors of {self.transform.module_name} cannot be computed in float64.",
+                why="The values of its weight or its covariance are far too large.",
+            ) from None
         self.result["seconds"] = time.perf_counter() - begun
 
-    def _decompose(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+    def _decompose(self, team: Team, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         from corda_convert.linalg import subspace as algebra
 
         transform = self.transform
         self._check_finite(inputs)
-        weight = inputs["weight"].to(self.device).double()
-        if transform.layout == "in_out":
-            weight = weight.T
-        matrix, damping = self._weighted(weight, inputs)
-        end: algebra.End = "top" if transform.mode == "ipm" else "bottom"
-        found = algebra.left_subspace(matrix, rank=transform.rank, end=end)
-        del matrix
-        factors = algebra.balanced_factors(weight, found, scaling=transform.scaling)
-        residual = algebra.residual(weight, factors, scaling=transform.scaling)
-        stored = residual.T if transform.layout == "in_out" else residual
-        for name, tensor in zip(transform.names, (stored, factors.lora_A, factors.lora_B), strict=True):
-            outputs[name].copy_(tensor)
-        self._check_output(outputs[transform.names[0]])
-        self.result = self._facts(weight, residual, found, damping, factors.zero_components)
+        stored = inputs["weight"].to(self.device)
+        weight = stored.T if transform.layout == "in_out" else stored
+        weighting, facts = self._weighting(team, inputs)
+        found = algebra.left_subspace(
+            team,
+            algebra.WeightedMatrix(weight, weighting),
+            rank=transform.rank,
+            end="top" if transform.mode == "ipm" else "bottom",
+            solver=transform.solver,
+        )
+        del weighting
+        factors = algebra.balanced_factors(found, scaling=transform.scaling)
+        for name, factor in ((transform.names.lora_A, factors.lora_A), (transform.names.lora_B, factors.lora_B)):
+            if name is not None:
+                outputs[name].copy_(factor)
+        norms = self._write_residual(team, weight, factors, outputs)
+        self.result = {**self._facts(found, factors.zero_components), **facts, **norms}
+
+    def _write_residual(self, team: Team, weight: Tensor, factors: Factors, outputs: Mapping[str, Tensor]) -> Facts:
+        """The residual in its place, or only the norms where it is not asked for."""
+        import torch
+
+        from corda_convert.linalg import subspace as algebra
+
+        name = self.transform.names.residual
+        target = outputs[name] if name is not None else None
+        dtype = target.dtype if target is not None else torch.float64
+        is_ours = target is not None and target.device == weight.device
+        if target is not None and is_ours:
+            out = target.T if self.transform.layout == "in_out" else target
+        else:
+            out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        norms = algebra.write_residual(team, weight, factors, scaling=self.transform.scaling, out=out)
+        if not norms.is_finite:
+            raise NotFinite(
+                f"The residual of {self.transform.weight.name} is outside the range of {dtype}.",
+                next_step="Choose --dtype bfloat16 or float32.",
+            )
+        if target is not None and not is_ours:
+            target.copy_(out.T if self.transform.layout == "in_out" else out)
+        facts: Facts = {"weight_norm": sqrt(norms.weight), "delta_norm": sqrt(norms.delta)}
+        if target is not None:
+            facts["rounding_norm"] = sqrt(norms.rounding)
+            facts["reconstruction_error"] = sqrt(norms.rounding / norms.weight) if norms.weight > 0 else 0.0
+        return facts
 
     def _check_finite(self, inputs: Mapping[str, Tensor]) -> None:
         import torch
 
         for name, ref in self.transform.whole.items():
             if not bool(torch.isfinite(inputs[name]).all()):
-                why = (
-                    "The calibration ran over a float16 range, or the file is damaged."
-                    if name == "covariance"
-                    else None
-                )
+                why = "The calibration ran over a float16 range, or the file is damaged." if name == "context" else None
                 raise NotFinite(f"{ref.name} in {ref.file.path} holds NaN or Inf.", why=why)
 
-    def _check_output(self, residual: Tensor) -> None:
-        import torch
-
-        if not bool(torch.isfinite(residual).all()):
-            raise NotFinite(
-                f"The residual of {self.transform.weight.name} is outside the range of {residual.dtype}.",
-                next_step="Choose --dtype bfloat16 or float32.",
-            )
-
-    def _weighted(self, weight: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Damping | None]:
-        from corda_convert.linalg import covariance as algebra
+    def _weighting(self, team: Team, inputs: Mapping[str, Tensor]) -> tuple[Weighting, Facts]:
+        """T, and what the receipt says of it."""
+        from corda_convert.linalg import weighting as algebra
 
         transform = self.transform
-        if transform.covariance is None:
-            return weight, None
-        covariance = inputs["covariance"].to(self.device)
-        if float(covariance.diagonal().double().mean()) <= 0.0:
+        if transform.context is None:
+            return algebra.NoWeighting(), {"damping": None}
+        context = inputs["context"].to(self.device)
+        if transform.method == "asvd":
+            return self._scale(context), {"damping": None}
+        mean = float(context.diagonal().double().mean())
+        if mean <= 0.0:
             raise CovarianceMismatch(
                 f"The covariance of {transform.module_name} is zero on average: no sample reached this layer.",
                 next_step="Collect covariances on data that uses this layer, or leave it out with --target.",
             )
-        if transform.damp == "peft":
-            damping = algebra.reference_damping(covariance)
-        else:
-            damping = algebra.relative_damping(covariance, transform.damp)
+        facts: Facts = {"covariance": self._covariance_facts(context)}
+        if transform.method == "svd-llm":
+            root, amount = algebra.root_weighting(team, context)
+            return root, {**facts, "damping": {"factor": amount / mean, "amount": amount}}
+        damping = self._damping(context)
+        facts["damping"] = {"factor": damping.factor, "amount": damping.amount}
+        return algebra.CovarianceWeighting(context, damping.amount), facts
+
+    def _scale(self, mean_abs: Tensor) -> Weighting:
+        from corda_convert.linalg.weighting import DiagonalWeighting
+
+        if float(mean_abs.min()) < 0.0 or float(mean_abs.max()) <= 0.0:
+            raise CovarianceMismatch(
+                f"The mean absolute inputs of {self.transform.module_name} are zero or negative.",
+                why="No sample reached this layer, or the file holds something else.",
+                next_step="Collect them on data that uses this layer, or leave it out with --target.",
+            )
+        return DiagonalWeighting(mean_abs.double() ** self.transform.asvd_alpha)
+
+    def _damping(self, covariance: Tensor) -> Damping:
+        from corda_convert.linalg import covariance as algebra
+
+        if self.transform.damp != "peft":
+            return algebra.relative_damping(covariance, self.transform.damp)
+        damping = algebra.reference_damping(covariance)
         if damping is None:
             raise CovarianceMismatch(
-                f"The covariance of {transform.module_name} stays singular in float32 for every damping of the "
+                f"The covariance of {self.transform.module_name} stays singular in float32 for every damping of the "
                 f"reference's rule up to 0.01·2^{algebra.MAX_DOUBLINGS}.",
                 next_step="Use --damp 0.01, which needs no inverse.",
             )
-        return algebra.weighted(weight, covariance, damping), damping
+        return damping
 
-    def _facts(
-        self, weight: Tensor, residual: Tensor, found: Subspace, damping: Damping | None, zero_components: int
-    ) -> Facts:
-        import torch
+    def _covariance_facts(self, covariance: Tensor) -> Facts:
+        """Rank and condition in float32, which covariances are stored in; not where they would take longer than the rest."""
+        from corda_convert.linalg.covariance import rank_and_condition
 
-        total = float(found.spectrum.square().sum())
+        side = covariance.shape[0]
+        rank, condition = rank_and_condition(covariance) if side <= FULL_SIDE else (None, None)
+        return {"samples": None, "tokens": None, "rank": rank, "side": side, "condition": condition}
+
+    def _facts(self, found: Subspace, zero_components: int) -> Facts:
         taken = float(found.singular_values.square().sum())
         return {
             "module": self.transform.module_name,
+            "method": self.transform.method,
             "rank": self.transform.rank,
             "scaling": self.transform.scaling,
-            "solver": "gram-eigh-float64",
-            "certificate": {"residual": found.residual, "orthonormality": found.orthonormality},
-            "damping": None if damping is None else {"factor": damping.factor, "amount": damping.amount},
+            "solver": found.solver,
+            "fallback_from": list(found.fallback_from),
+            "steps": found.steps,
+            "certificate": {
+                "residual": found.residual,
+                "relative_residual": found.relative,
+                "angle": found.angle,
+                "orthonormality": found.orthonormality,
+                "holds": found.is_certified,
+            },
             "singular_values": {
-                "largest": float(found.spectrum[0]),
-                "smallest": float(found.spectrum[-1]),
+                "largest": found.largest,
+                "smallest": found.smallest,
                 "taken_largest": float(found.singular_values[0]),
                 "taken_smallest": float(found.singular_values[-1]),
+                "next": found.neighbour,
             },
-            "taken_share": taken / total if total > 0 else 0.0,
+            "taken_share": min(taken / found.energy, 1.0) if found.energy > 0 else 0.0,
+            "taken_share_is_estimate": found.energy_is_estimated,
             "zero_components": zero_components,
-            "weight_norm": float(torch.linalg.vector_norm(weight)),
-            "delta_norm": float(torch.linalg.vector_norm(weight - residual)),
         }
 
     def facts(self) -> Facts:

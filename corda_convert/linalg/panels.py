@@ -1,0 +1,160 @@
+"""Products and factorizations in float64, panel by panel, on matrices that may be stored in a shorter dtype.
+
+On a CPU each panel is converted, and stays in the cache, where it is used; on another device the matrix is taken as one
+panel. Panels do not depend on the number of threads, so neither do the bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from corda_convert.linalg.threads import Team
+
+PANEL = 256
+"""Rows (or columns) of a panel: 8 MB in float64 at 4096."""
+
+TILE = 512
+"""Side of a tile of a triangular factor, and of a small symmetric product."""
+
+LARGE_TILE = 1024
+"""Side of a tile of a large product, in which packing the operands counts less."""
+
+LARGE_SIDE = 4096
+
+
+def times(team: Team, A: Tensor, X: Tensor) -> Tensor:
+    """`A X` in float64: A (m, n) of any floating dtype, X (n, k) float64."""
+    Y = torch.empty(A.shape[0], X.shape[1], dtype=X.dtype, device=X.device)
+    step = LARGE_TILE if min(A.shape[0], X.shape[1]) >= LARGE_SIDE else PANEL
+    team.each(lambda rows: _product(A[rows].to(X.dtype), X, Y[rows]), A.shape[0], step)
+    return Y
+
+
+def transposed_times(team: Team, A: Tensor, X: Tensor) -> Tensor:
+    """`Aᵀ X` in float64: A (n, m) of any floating dtype, X (n, k) float64."""
+    Y = torch.empty(A.shape[1], X.shape[1], dtype=X.dtype, device=X.device)
+    team.each(lambda columns: _product(A[:, columns].to(X.dtype).T, X, Y[columns]), A.shape[1], PANEL)
+    return Y
+
+
+def subtract_product(team: Team, Z: Tensor, A: Tensor, X: Tensor) -> None:
+    """`Z -= A X`, all float64."""
+    team.each(lambda rows: _add_product(Z[rows], A[rows], X), Z.shape[0], PANEL)
+
+
+def _product(A: Tensor, X: Tensor, out: Tensor) -> None:
+    torch.mm(A, X, out=out)
+
+
+def _add_product(Z: Tensor, A: Tensor, X: Tensor) -> None:
+    Z.addmm_(A, X, alpha=-1)
+
+
+def gram(team: Team, A: Tensor) -> Tensor:
+    """`AᵀA` (n, n), both triangles: A (m, n) float64."""
+    n = A.shape[1]
+    G = torch.empty(n, n, dtype=A.dtype, device=A.device)
+    if not team.is_cpu:
+        return torch.mm(A.T, A, out=G)
+    side = LARGE_TILE if n >= LARGE_SIDE else TILE
+
+    def tile(place: tuple[slice, slice]) -> None:
+        i, j = place
+        torch.mm(A[:, i].T, A[:, j], out=G[i, j])
+        if i != j:
+            G[j, i] = G[i, j].T
+
+    team.all(tile, _lower_tiles(n, side))
+    return G
+
+
+def _lower_tiles(n: int, side: int) -> list[tuple[slice, slice]]:
+    """Tiles on and below the diagonal of a square."""
+    cuts = [slice(begin, min(begin + side, n)) for begin in range(0, n, side)]
+    return [(rows, columns) for rows in cuts for columns in cuts if columns.start <= rows.start]
+
+
+class Cholesky:
+    """`G = L Lᵀ` of a symmetric float64 matrix, which is overwritten, for solving with it again and again."""
+
+    def __init__(self, team: Team, L: Tensor) -> None:
+        self._team = team
+        self._L = L
+        self.side = L.shape[0]
+        if not team.is_cpu:  # one product with the inverse takes far less time than two triangular solves
+            self._inverse: Tensor = torch.cholesky_inverse(L)
+            return
+        n = L.shape[0]
+        self._blocks = [slice(i, min(i + TILE, n)) for i in range(0, n, TILE)]
+        self._inverses = [torch.empty_like(L[block, block]) for block in self._blocks]
+        team.all(
+            lambda place: self._inverses[place].copy_(_inverse_of_lower(L[self._blocks[place], self._blocks[place]])),
+            range(len(self._blocks)),
+        )
+
+    @classmethod
+    def of(cls, team: Team, G: Tensor) -> Cholesky | None:
+        """None where the matrix is not positive definite in float64."""
+        if not team.is_cpu:
+            L, info = torch.linalg.cholesky_ex(G)
+            return cls(team, L) if int(info) == 0 else None
+        n = G.shape[0]
+        for begin in range(0, n, TILE):
+            here = slice(begin, min(begin + TILE, n))
+            L, info = torch.linalg.cholesky_ex(G[here, here])
+            if int(info) != 0:
+                return None
+            G[here, here] = L
+            _eliminate(team, G, here, L)
+        return cls(team, G)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of its dtype and device."""
+        return self._L
+
+    def reuse(self) -> Tensor:
+        """Its memory, for another matrix of its size; this factor cannot be used any more."""
+        return self._L
+
+    def lower(self) -> Tensor:
+        """L, with zeros above the diagonal."""
+        return self._L.tril()
+
+    def solve(self, X: Tensor) -> Tensor:
+        """`G⁻¹ X`, X (n, k)."""
+        if not self._team.is_cpu:
+            return self._inverse @ X
+        X = X.clone()
+        L = self._L
+        for block, inverse in zip(self._blocks, self._inverses, strict=True):
+            X[block] = inverse @ X[block]
+            below = slice(block.stop, None)
+            subtract_product(self._team, X[below], L[below, block], X[block])
+        for block, inverse in zip(reversed(self._blocks), reversed(self._inverses), strict=True):
+            X[block] = inverse.T @ X[block]
+            above = slice(0, block.start)
+            subtract_product(self._team, X[above], L[block, above].T, X[block])
+        return X
+
+
+def _eliminate(team: Team, G: Tensor, here: slice, L: Tensor) -> None:
+    """What the blocks below `here` become once its own factor is known."""
+    below, rows = G[here.stop :, here], G.shape[0] - here.stop
+
+    def divide(part: slice) -> None:
+        below[part] = torch.linalg.solve_triangular(L, below[part].T, upper=False).T
+
+    def update(place: tuple[slice, slice]) -> None:
+        i, j = place
+        G[here.stop :, here.stop :][i, j].addmm_(below[i], below[j].T, alpha=-1)
+
+    team.each(divide, rows, PANEL)
+    team.all(update, _lower_tiles(rows, TILE))
+
+
+def _inverse_of_lower(L: Tensor) -> Tensor:
+    identity = torch.eye(L.shape[0], dtype=L.dtype, device=L.device)
+    inverse: Tensor = torch.linalg.solve_triangular(L.tril(), identity, upper=False)
+    return inverse

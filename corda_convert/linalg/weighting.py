@@ -1,0 +1,95 @@
+"""What a weight is multiplied with before its left singular vectors are taken: the T of `W T`, one for each method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from corda_convert.linalg.panels import Cholesky, times, transposed_times
+from corda_convert.linalg.threads import Team
+
+
+class Weighting(Protocol):
+    """A (d_in, d_in) matrix T, applied to float64 columns."""
+
+    def times(self, team: Team, X: Tensor) -> Tensor:
+        """`T X`, X (d_in, k)."""
+        ...
+
+    def transposed_times(self, team: Team, X: Tensor) -> Tensor:
+        """`Tᵀ X`, X (d_in, k)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NoWeighting:
+    """T = I: the plain SVD of the weight."""
+
+    def times(self, team: Team, X: Tensor) -> Tensor:
+        return X.clone()
+
+    def transposed_times(self, team: Team, X: Tensor) -> Tensor:
+        return X.clone()
+
+
+@dataclass(frozen=True, slots=True)
+class DiagonalWeighting:
+    """T = diag(scale), (d_in,) float64: ASVD's (arXiv:2312.05821)."""
+
+    scale: Tensor
+
+    def times(self, team: Team, X: Tensor) -> Tensor:
+        return self.scale[:, None] * X
+
+    def transposed_times(self, team: Team, X: Tensor) -> Tensor:
+        return self.times(team, X)
+
+
+@dataclass(frozen=True, slots=True)
+class CovarianceWeighting:
+    """T = C + λI: CorDA's (its eq. 2, with damping). C is (d_in, d_in), symmetric, of any floating dtype."""
+
+    covariance: Tensor
+    damping: float
+
+    def times(self, team: Team, X: Tensor) -> Tensor:
+        return times(team, self.covariance, X).add_(X, alpha=self.damping)
+
+    def transposed_times(self, team: Team, X: Tensor) -> Tensor:
+        return self.times(team, X)
+
+
+@dataclass(frozen=True, slots=True)
+class RootWeighting:
+    """T = L with `L Lᵀ = C`, which has the left singular vectors of `W C^½`: SVD-LLM's (arXiv:2403.07378)."""
+
+    L: Tensor
+
+    def times(self, team: Team, X: Tensor) -> Tensor:
+        return times(team, self.L, X)
+
+    def transposed_times(self, team: Team, X: Tensor) -> Tensor:
+        return transposed_times(team, self.L, X)
+
+
+MAX_DOUBLINGS = 40
+
+
+def root_weighting(team: Team, covariance: Tensor) -> tuple[RootWeighting, float]:
+    """SVD-LLM's weighting, and what had to be added to the diagonal for it: 0 but for a singular covariance.
+
+    The first trial is the float32 resolution of the largest diagonal entry, below what a stored covariance can tell.
+    """
+    largest = float(covariance.diagonal().double().max())
+    shift = 0.0
+    for _ in range(MAX_DOUBLINGS):
+        G = covariance.to(torch.float64, copy=True)
+        G.diagonal().add_(shift)
+        factor = Cholesky.of(team, G)
+        if factor is not None:
+            return RootWeighting(factor.lower()), shift
+        shift = 2 * shift if shift else torch.finfo(torch.float32).eps * largest
+    raise torch.linalg.LinAlgError("the covariance is not positive semidefinite")  # type: ignore[attr-defined]
