@@ -153,6 +153,9 @@ def _decomposition(layers: Sequence[Mapping[str, Any]], method: str) -> list[str
     if fallen:
         named = [f"{layer['module']} ({' → '.join((*layer['fallback_from'], layer['solver']))})" for layer in fallen]
         lines.append(f"  fallback {_list(named)}")
+    doubtful = [layer["module"] for layer in layers if not layer["certificate"]["holds"]]
+    if doubtful:
+        lines.append(f"  doubtful {_list(doubtful)}: the certificate does not hold")
     return lines
 
 
