@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from building import random
+from building import COVARIANCES, MODEL, covariance_tensors, random, write_checkpoint, write_covariances
+from conftest import Ran
 from hypothesis import given
 from hypothesis import strategies as st
 
 from corda_convert.operations.covariance_warnings import TOKENS_PER_INPUT, covariance_warnings
+
+DOWN = "model.layers.0.mlp.down_proj"
 
 
 def entry(side: int = 64, rank: int | None = None, *, module: str = "a", **facts: Any) -> dict[str, Any]:
@@ -25,12 +31,29 @@ def test_enough_text_gives_no_warning() -> None:
 
 
 def test_a_deficient_covariance_is_named_with_its_numbers() -> None:
-    entries = [entry(), entry(rank=60, module="b", condition=2e17, tokens=9000, samples=12), entry(rank=63, module="c")]
+    entries = [entry(), entry(rank=60, module="b", condition=2e17, tokens=90, samples=12), entry(rank=63, module="c")]
     assert covariance_warnings(entries) == (
         "The covariances of 2 of 3 modules are rank-deficient; the worst is that of b, of rank 60 for 64 inputs (condition "
-        "2e+17), from 9,000 tokens of 12 samples. In directions that no token took, the decomposition goes by the weights "
-        "alone. Collect 640 tokens or more of varied text.",
+        "2e+17), from 90 tokens of 12 samples. In the other directions the decomposition goes by the weights alone, or by "
+        "float32's noise. Collect 640 tokens or more of varied text.",
     )
+
+
+def test_more_text_is_not_asked_for_where_there_was_enough() -> None:
+    assert covariance_warnings([entry(rank=32, condition=None, tokens=640)]) == ()
+    (warning,) = covariance_warnings([entry(rank=31, condition=None, tokens=640)])
+    assert warning.endswith(
+        "of a, of rank 31 for 64 inputs, from 640 tokens. In the other directions the decomposition goes by the weights "
+        "alone, or by float32's noise. Its tokens hardly vary there, or a few inputs are so large that float32 loses the "
+        "others beside them."
+    )
+
+
+@pytest.mark.parametrize("tokens", [None, 640])
+def test_a_rank_that_was_not_computed_is_no_deficiency(tokens: int | None) -> None:
+    unknown = entry(tokens=tokens)
+    unknown["covariance"] |= {"rank": None, "condition": None}
+    assert covariance_warnings([unknown]) == ()
 
 
 def test_fewer_tokens_than_inputs_are_a_deficiency_whatever_the_numbers_seem_to_be() -> None:
@@ -56,7 +79,7 @@ def test_counts_of_the_whole_file_stand_in_for_those_of_a_module(collected: dict
 @pytest.mark.parametrize("tokens", ["many", "", None, True, 3.5, "9" * 5000], ids=repr)
 def test_counts_that_are_none_are_left_out(tokens: object) -> None:
     (warning,) = covariance_warnings([entry(rank=3)], {"tokens": tokens})
-    assert "of rank 3 for 64 inputs (condition 5e+01). In" in warning
+    assert "of rank 3 for 64 inputs (condition 5e+01). In the other" in warning
 
 
 @given(st.integers(1, 60), st.integers(1, 24))
@@ -78,3 +101,34 @@ def test_the_least_tokens_give_the_eigenvalues_that_are_promised() -> None:
     eigenvalues = torch.linalg.eigvalsh(samples.T @ samples / samples.shape[0])
     assert float(eigenvalues[0]) == pytest.approx(0.47, abs=0.03)
     assert float(eigenvalues[-1]) == pytest.approx(1.73, abs=0.03)
+
+
+# In a run
+
+
+def test_a_run_warns_of_covariances_with_too_little_text(done: Callable[..., Ran], tmp_path: Path) -> None:
+    """By their numbers where the file says nothing, and by its tokens where the numbers look well."""
+    tensors = covariance_tensors()
+    few = random(3, 24, seed=9)
+    model = write_checkpoint(tmp_path / "model")
+    deficient = write_covariances(tmp_path / "deficient.pt", tensors | {DOWN: few.T @ few})
+    arguments = ("decompose", model, "--mode", "kpm", "--rank", 2)
+    ran = done(*arguments, "--cov", deficient, "-o", tmp_path / "a")
+    assert (
+        f"Note: The covariances of 1 of 14 modules are rank-deficient; the worst is that of {DOWN}, of rank 3 for 24 "
+        in (ran.err)
+    )
+    short = write_covariances(tmp_path / "short.safetensors", tensors, {"tokens": "150", "samples": "4"})
+    ran = done(*arguments, "--cov", short, "-o", tmp_path / "b", "--json")
+    (warning,) = json.loads(ran.out)["warnings"]
+    assert warning.startswith("Few tokens went into the covariances of 14 of 14 modules: 6.2 for each input of ")
+    assert f"Note: {warning}" in ran.err
+
+
+def test_the_fixtures_and_methods_without_covariances_are_not_warned_of(
+    done: Callable[..., Ran], tmp_path: Path
+) -> None:
+    arguments = ("decompose", MODEL, "--mode", "kpm", "--rank", 4)
+    for method in ("corda", "asvd", "svd-llm"):
+        ran = done(*arguments, "--cov", COVARIANCES, "--method", method, "-o", tmp_path / method)
+        assert "Note:" not in ran.err
