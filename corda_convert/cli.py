@@ -1,6 +1,7 @@
 """The command line: click → operation → print. The one place that catches our errors.
 
-Exit status: 0 done; 1 refused or failed, with what, why and the next step; 2 wrong usage; 130 interrupted.
+Exit status: 0 done; 1 refused or failed, with what, why and the next step; 2 wrong usage; 130 interrupted;
+143 terminated.
 Nothing here imports torch before an operation needs it, so help and a wrong path answer at once.
 """
 
@@ -11,8 +12,10 @@ import gc
 import json
 import os
 import re
+import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -516,19 +519,18 @@ _LESS_MEMORY = "Use --device cpu, or a smaller --rank; --dry-run tells what a ru
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits with its status."""
     try:
-        status = cli.main(args=arguments, prog_name="corda-convert", standalone_mode=False)
+        with _terminable():
+            status = cli.main(args=arguments, prog_name="corda-convert", standalone_mode=False)
     except CordaConvertError as refusal:
         click.echo(f"Error: {refusal}", err=True)
         sys.exit(1)
-    except click.exceptions.Abort:
-        click.echo("Interrupted; nothing was written.", err=True)
-        sys.exit(130)
+    except click.exceptions.Abort as abort:
+        sys.exit(_stopped(abort.__cause__ or abort))
     except click.ClickException as usage:
         usage.show()
         sys.exit(usage.exit_code)
-    except KeyboardInterrupt:
-        click.echo("Interrupted; nothing was written.", err=True)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        sys.exit(_stopped(stop))
     except OSError as error:
         click.echo(f"Error: {error.strerror or error}: {error.filename or 'no file named'}", err=True)
         sys.exit(1)
@@ -536,8 +538,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
             raise
         click.echo(f"Error: Out of memory. {str(error).partition('.')[0]}\n{_LESS_MEMORY}", err=True)
+        if getattr(error, "__notes__", None):
+            click.echo(_going_on(error), err=True)
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as schedulers send it."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM stops what is done inside as the interrupt key does."""
+
+    def stop(_number: int, _frame: object) -> None:
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread, which alone gets signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stopped(stop: BaseException) -> int:
+    """Says what stays of a run that was stopped. Returns the exit status."""
+    is_terminated = isinstance(stop, Terminated)
+    kept = f". {_going_on(stop)}" if getattr(stop, "__notes__", None) else "; nothing was written."
+    click.echo(f"{'Terminated' if is_terminated else 'Interrupted'}{kept}", err=True)
+    return 143 if is_terminated else 130
+
+
+def _going_on(stopped: BaseException) -> str:
+    """What to do with the work of a run that was stopped; its place is the exception's note."""
+    return f"Run the same command again to go on, or remove what is finished: rm -r {shlex.quote(stopped.__notes__[0])}"
 
 
 def run() -> None:

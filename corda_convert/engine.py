@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING, TypeVar
 from corda_convert.checkpoint.byte_file import PAGE_BYTES, ByteFile
 from corda_convert.checkpoint.tensors import torch_dtype
 from corda_convert.output.archive_writer import ArchiveWriter
-from corda_convert.output.digests import SequentialDigest
+from corda_convert.output.digests import SequentialDigest, WrittenDigest
 from corda_convert.output.direct import DirectWriting
+from corda_convert.output.journal import Journal
 from corda_convert.output.shard_writer import ShardWriter
+from corda_convert.plan.division import Share, outputs, whole_share
 from corda_convert.plan.model import (
     BUFFER_ALIGNMENT,
     COPY_BYTES,
@@ -63,7 +65,7 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """What a run did: files written, facts by job, whole-file digests of the inputs that were read front to back."""
+    """What a run did: files finished, facts by job, whole-file digests of the inputs that were read front to back."""
 
     files: tuple[FileRecord, ...]
     facts: Mapping[str, Facts]
@@ -81,14 +83,71 @@ def run(
     device: torch.device,
     progress: Progress | None = None,
     digests: Mapping[Path, SequentialDigest] | None = None,
+    *,
+    share: Share | None = None,
+    begun: Mapping[str, WrittenDigest] | None = None,
+    journal: Journal | None = None,
 ) -> RunRecord:
     """Runs the plan's jobs in order and writes its files into `folder`, which exists.
 
-    `digests` of inputs that were begun before are gone on with. Raises whatever a source or a transform refuses with,
-    after all threads have stopped and all files are closed.
+    `digests` of inputs that were begun before are gone on with. With a `share` only its jobs are run; `begun` has the
+    files that are there already, with the digests of what was written of them. The `journal` notes what is finished.
+    Raises whatever a source or a transform refuses with, after all threads have stopped and all files are closed.
     """
     _allow_open_files(plan)
-    return _Run(plan, folder, device, progress or (lambda _name, _nbytes: None), digests or {}).run()
+    share = share or whole_share(plan)
+    progress = progress or (lambda _name, _nbytes: None)
+    return _Run(plan, folder, device, progress, digests or {}, share, begun or {}, journal).run()
+
+
+def create_files(plan: Plan, folder: Path) -> dict[str, WrittenDigest]:
+    """Writes the plan's files with nothing but their headers, for processes that fill them together."""
+    begun = {}
+    for file in plan.files:
+        with _open(folder, file, DirectWriting(), None) as writer:
+            begun[file.name] = writer.written
+    return begun
+
+
+def finish_file(plan: Plan, folder: Path, name: str) -> FileRecord:
+    """Takes size and digest of a file that several processes have filled, or a run before. Raises `OutputRefused`."""
+    (file,) = (file for file in plan.files if file.name == name)
+    with _open(folder, file, DirectWriting(), WrittenDigest(file.nbytes, is_broken=True)) as writer:
+        return FileRecord(name, *writer.finish())
+
+
+def _open(folder: Path, file: PackedFile, direct: DirectWriting, begun: WrittenDigest | None) -> ShardWriter:
+    if file.archive is not None:
+        return ArchiveWriter(folder / file.name, file.archive, direct, begun)
+    return ShardWriter(folder / file.name, file.header, file.nbytes, direct, begun)
+
+
+def inputs_read_through(plan: Plan) -> set[Path]:
+    """The inputs of which a run of the whole plan knows the digest: those that it reads front to back."""
+    positions: dict[Path, int | None] = {}
+    files: dict[Path, ByteFile] = {}
+    for file, offset, nbytes in _source_pieces(plan):
+        position = positions.get(file.path, 0)
+        files[file.path] = file
+        is_next = position is not None and 0 <= offset - position <= MOST_SEAM_BYTES
+        positions[file.path] = offset + nbytes if is_next else None
+    return {
+        path
+        for path, position in positions.items()
+        if position is not None and files[path].file_bytes - position <= MOST_SEAM_BYTES
+    }
+
+
+def _source_pieces(plan: Plan) -> Iterator[tuple[ByteFile, int, int]]:
+    """What the jobs read of files whose bytes lie in place: file, offset and length, in order."""
+    for job in plan.jobs:
+        if isinstance(job, CopyJob):
+            if isinstance(job.source, ByteFile):
+                yield job.source, job.source_offset, job.nbytes
+            continue
+        for read in (read for chunk in job.chunks for read in chunk.all_reads):
+            if isinstance(read.file, ByteFile) and (extent := read.file.extent(read.tensor)) is not None:
+                yield read.file, extent.begin + read.begin, read.nbytes
 
 
 @dataclass(slots=True)
@@ -137,8 +196,16 @@ class _Run:
         device: torch.device,
         progress: Progress,
         digests: Mapping[Path, SequentialDigest],
+        share: Share,
+        begun: Mapping[str, WrittenDigest],
+        journal: Journal | None,
     ) -> None:
         self.plan = plan
+        self.share = share
+        self.jobs = [plan.jobs[number] for number in share.jobs]
+        self.begun = begun
+        self.journal = journal
+        self.noted: dict[str, WrittenDigest] = {}  # written since the journal's last note
         self.folder = folder
         self.device = device
         self.progress = progress
@@ -176,8 +243,11 @@ class _Run:
         with contextlib.ExitStack() as stack:
             if self.plan.workers > 1:  # torch's own threads would wait for each other, and for the hashing
                 stack.enter_context(one_thread())
+            written = {name for job in self.jobs for name, _, _ in outputs(job)} | self.share.finishes
             for file in self.plan.files:
-                self.writers[file.name] = stack.enter_context(self._open(file))
+                if file.name in written:
+                    writer = _open(self.folder, file, self.direct, self.begun.get(file.name))
+                    self.writers[file.name] = stack.enter_context(writer)
             try:
                 for thread in threads:
                     thread.start()
@@ -192,7 +262,7 @@ class _Run:
         return RunRecord(
             files=tuple(self.records),
             facts=self.facts,
-            input_digests={path: text for path, digest in self.digests.items() if (text := digest.hexdigest())},
+            input_digests=_whole(self.digests),
             seconds=time.perf_counter() - begun,
             read_seconds=self.seconds["read"],
             compute_seconds=self.seconds["compute"],
@@ -236,7 +306,7 @@ class _Run:
 
     def _read_all(self) -> None:
         place = itertools.count()
-        for job in self.plan.jobs:
+        for job in self.jobs:
             if isinstance(job, CopyJob):
                 work = _Work(next(place), copy=job)
                 self.copies.put(work)
@@ -354,9 +424,35 @@ class _Run:
                     raise _Stopped
             with self._busy("hash"):
                 self._hash(work)
+                self._note(work)
             if work.slot is not None:
                 self.free.put(work.slot)
-        self.records = [FileRecord(name, *writer.finish()) for name, writer in self.writers.items()]
+        self._commit()
+        self.records = [
+            FileRecord(name, *writer.finish()) for name, writer in self.writers.items() if name in self.share.finishes
+        ]
+
+    def _note(self, work: _Work) -> None:
+        """Tells the journal what has been written, hashed and finished."""
+        if self.journal is None:
+            return
+        if work.copy is not None:
+            self.noted[work.copy.file_name] = self.writers[work.copy.file_name].written
+            self.journal.add(work.copy.nbytes, {})
+        if work.running is not None and work.chunk is not None:
+            self.noted |= {write.file_name: self.writers[write.file_name].written for write in work.chunk.writes}
+            job = work.running.job
+            is_last = work.chunk is job.chunks[-1]
+            self.journal.add(
+                sum(write.nbytes for write in work.chunk.writes), {job.name: self.facts[job.name]} if is_last else {}
+            )
+        if self.journal.is_due or any(written.is_whole for written in self.noted.values()):
+            self._commit()
+
+    def _commit(self) -> None:
+        if self.journal is not None:
+            self.journal.commit(self.noted, _whole(self.digests))
+            self.noted = {}
 
     def _in_order(self) -> Iterator[_Work]:
         """What the workers are done with, in the order of reading, so that every file grows front to back."""
@@ -395,11 +491,10 @@ class _Run:
                 raise _Stopped
             yield begin, min(COPY_BYTES, job.nbytes - begin)
 
-    def _open(self, file: PackedFile) -> ShardWriter:
-        path = self.folder / file.name
-        if file.archive is not None:
-            return ArchiveWriter(path, file.archive, self.direct)
-        return ShardWriter(path, file.header, file.nbytes, self.direct)
+
+def _whole(digests: Mapping[Path, SequentialDigest]) -> dict[Path, str]:
+    """The digests of the files that have passed from front to back."""
+    return {path: text for path, digest in list(digests.items()) if (text := digest.hexdigest())}
 
 
 def _join(thread: threading.Thread) -> None:

@@ -64,6 +64,10 @@ class PublishFailed(CordaConvertError):
     """The Hub refused or did not answer."""
 
 
+class RunStopped(CordaConvertError):
+    """The run stopped for a reason that is not in its inputs: the same command may go on with what is finished."""
+
+
 class PlanRefused(CordaConvertError):
     """Several problems of one plan, reported together."""
 

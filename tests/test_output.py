@@ -65,7 +65,7 @@ def test_an_output_appears_only_when_it_is_finished(tmp_path: Path) -> None:
     output = tmp_path / "deep" / "out"
     with staging_folder(output) as folder:
         (folder / "a").write_text("new")
-        assert folder.name == f"out{STAGING_SUFFIX}"
+        assert folder.parent.name == f".out{STAGING_SUFFIX}"
         assert not output.exists()
     assert files_below(output) == {"a": b"new"}
     assert_no_leftovers(output.parent)
@@ -139,7 +139,7 @@ output = Path(sys.argv[1])
 if sys.argv[2] == "replacing":
     rename = Path.rename
     def killed_between(self, target):
-        if self.name.endswith(staging.STAGING_SUFFIX):
+        if self.parent.name.endswith(staging.STAGING_SUFFIX):
             os.kill(os.getpid(), signal.SIGKILL)
         return rename(self, target)
     Path.rename = killed_between

@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +20,18 @@ from corda_convert.operations import process_memory
 from corda_convert.operations.covariance_warnings import covariance_warnings
 from corda_convert.operations.dequantize import DequantizeTransform
 from corda_convert.operations.options import Outcome, RunOptions, resolve_device
+from corda_convert.operations.resuming import Before, identify, take_over
 from corda_convert.operations.rounding import rounding_warnings
 from corda_convert.operations.transforms import CastTransform
 from corda_convert.operations.verbatim import VerbatimTransform
 from corda_convert.output import staging
 from corda_convert.output.digests import SequentialDigest, file_sha256
+from corda_convert.output.journal import Journal
 from corda_convert.output.model_card import Card, render_card
 from corda_convert.output.read_ahead import ReadAhead
 from corda_convert.output.receipt import RECEIPT_FORMAT, RECEIPT_FORMAT_VERSION, tool, write_receipt
 from corda_convert.output.side_files import SideFile, json_file
+from corda_convert.plan.division import Share, outputs
 from corda_convert.plan.model import ComputeJob, Copied, Facts, OutputFileSpec, Plan, Produced
 from corda_convert.plan.packing import pack
 
@@ -146,8 +149,9 @@ def read_ahead(files: Iterable[TensorFile], run: RunOptions) -> Iterator[ReadAhe
 def produce(production: Production, run: RunOptions, ahead: ReadAhead | None = None) -> Outcome:
     """Plans, checks, and unless it is a dry run: writes, seals and publishes.
 
-    `ahead` is stopped before the plan is made, so that its memory is free; the engine goes on with its digests.
-    Raises one of our errors; then the output is as it was before.
+    `ahead` is stopped before the plan is made, so that its memory is free; the engine goes on with its digests. What an
+    interrupted run of the same command has finished is taken over. Raises one of our errors; then the output is as it was
+    before.
     """
     staging.check_output(production.output, [source.path for source in production.inputs], overwrite=run.overwrite)
     if run.push_to is not None:
@@ -159,11 +163,12 @@ def produce(production: Production, run: RunOptions, ahead: ReadAhead | None = N
         production.files, workers=worker_count(device), max_memory_bytes=run.max_memory_bytes, held_bytes=baseline
     )
     side_bytes = sum(file.nbytes for file in production.side_files)
-    staging.check_space(production.output, plan.write_bytes + side_bytes)
+    staging.check_space(production.output, plan.write_bytes + side_bytes - staging.held_bytes(production.output))
     receipt = _planned_receipt(production, plan, baseline)
     if run.dry_run:
         return Outcome(production.output, plan, {**receipt, "dry_run": True}, warnings=production.warnings)
-    with staging.staging_folder(production.output) as folder:
+    identity = identify(production, plan, device)
+    with staging.staging_folder(production.output, identity, overwrite=run.overwrite) as folder:
         receipt = _fill(production, plan, folder, device, run, receipt, digests)
     publication = None
     if run.push_to is not None:
@@ -188,15 +193,16 @@ def _fill(
     digests: Mapping[Path, SequentialDigest],
 ) -> dict[str, Any]:
     begun = time.perf_counter()
-    with _progress(plan, enabled=run.progress) as progress:
-        record = engine.run(plan, folder, device, progress, digests)
+    before = take_over(plan, folder)
+    record = _run_rest(plan, folder, device, run, digests, before)
     for side_file in _side_files(production, plan):
         side_file.write(folder)
-    tensors = _tensor_facts(plan, record.facts)
+    tensors = _tensor_facts(plan, {**before.facts, **record.facts})
     summary = summarize(tensors)
     found = (*rounding_warnings(tensors), *covariance_warnings(tensors, receipt.get("covariances")))
     receipt = {**receipt, "warnings": [*receipt["warnings"], *found]}
-    facts = {**receipt, "inputs": _inputs(production, record.input_digests), "tensors": tensors, "summary": summary}
+    inputs = _inputs(production, _input_digests(plan, record, before))
+    facts = {**receipt, "inputs": inputs, "tensors": tensors, "summary": summary}
     card = render_card(production.card, facts, repo_id=run.push_to, folder_name=production.output.name)
     (folder / "README.md").write_text(card, encoding="utf-8")
     written = {file.name: file.sha256 for file in record.files}
@@ -213,9 +219,33 @@ def _fill(
         "peak_memory_bytes": process_memory.peak_resident_bytes(),
         "peak_device_memory_bytes": _peak_device_bytes(device),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    } | before.receipt()
     write_receipt(folder, facts)
     return facts
+
+
+def _run_rest(
+    plan: Plan,
+    folder: Path,
+    device: torch.device,
+    run: RunOptions,
+    digests: Mapping[Path, SequentialDigest],
+    before: Before,
+) -> engine.RunRecord:
+    """Runs the jobs that are not finished. The record has every file."""
+    share = Share(before.rest(), frozenset(file.name for file in plan.files if file.name not in before.files))
+    journal_path = staging.journal_folder(folder) / f"{time.time_ns():020}.jsonl"
+    with _progress(plan, share, enabled=run.progress) as progress, Journal(journal_path) as journal:
+        record = engine.run(plan, folder, device, progress, digests, share=share, begun=before.begun, journal=journal)
+    return replace(record, files=(*record.files, *before.files.values()))
+
+
+def _input_digests(plan: Plan, record: engine.RunRecord, before: Before) -> dict[Path, str]:
+    """The digests that an undisturbed run knows; where a run was taken over, some inputs are read again for it."""
+    known = {Path(path): digest for path, digest in before.inputs.items()} | dict(record.input_digests)
+    if before.jobs:
+        known |= {path: file_sha256(path) for path in engine.inputs_read_through(plan) - known.keys()}
+    return known
 
 
 def _planned_receipt(production: Production, plan: Plan, baseline: int) -> dict[str, Any]:
@@ -335,7 +365,7 @@ def _file_entry(folder: Path, path: Path, digests: Mapping[str, str]) -> dict[st
 
 
 def _all_files(folder: Path) -> Iterable[Path]:
-    return (path for path in folder.rglob("*") if path.is_file())
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def worker_count(device: torch.device) -> int:
@@ -354,11 +384,11 @@ def _peak_device_bytes(device: torch.device) -> int | None:
 class _progress:  # noqa: N801 - used as a with statement only
     """A bar by bytes on stderr with the tensor's name, only on a terminal."""
 
-    def __init__(self, plan: Plan, *, enabled: bool) -> None:
+    def __init__(self, plan: Plan, share: Share, *, enabled: bool) -> None:
         from tqdm import tqdm
 
         self._bar = tqdm(
-            total=plan.work_bytes,
+            total=sum(end - begin for number in share.jobs for _, begin, end in outputs(plan.jobs[number])),
             unit="B",
             unit_scale=True,
             disable=None if enabled else True,

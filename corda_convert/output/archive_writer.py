@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 
 from corda_convert.checkpoint.torch_archive import Archive
+from corda_convert.output.digests import WrittenDigest
 from corda_convert.output.direct import DirectWriting
 from corda_convert.output.shard_writer import ShardWriter
 
@@ -18,16 +19,20 @@ class ArchiveWriter(ShardWriter):
     Bytes that come out of order are read again at the end, for checksums and digest.
     """
 
-    def __init__(self, path: Path, archive: Archive, direct: DirectWriting | None = None) -> None:
+    def __init__(
+        self, path: Path, archive: Archive, direct: DirectWriting | None = None, begun: WrittenDigest | None = None
+    ) -> None:
         self._archive = archive
         self._checksums: list[int] = []
         self._checksum = 0
-        super().__init__(path, archive.header, archive.nbytes, direct)
+        if begun is not None:  # the checksums of what was written before are not known
+            begun.is_broken = True
+        super().__init__(path, archive.header, archive.nbytes, direct, begun)
 
     def digest(self, offset: int, view: memoryview | bytes) -> None:
         super().digest(offset, view)
         done = len(self._checksums)
-        if self.is_broken or done == len(self._archive.storages) or offset < self._archive.storages[done].begin:
+        if self.written.is_broken or done == len(self._archive.storages) or offset < self._archive.storages[done].begin:
             return
         self._checksum = zlib.crc32(view, self._checksum)
         if offset + len(view) == self._archive.storages[done].end:

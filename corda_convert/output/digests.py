@@ -41,6 +41,61 @@ class SequentialDigest:
         return self._hash.hexdigest() if not self.is_broken and self.position == self._file_bytes else None
 
 
+class WrittenDigest:
+    """The SHA-256 of what was written of a file, in the order of writing, and which bytes those are.
+
+    Attributes:
+        chain: names the sequence of writes that is hashed; several processes may write one file.
+        ranges: half-open ranges of the bytes that were hashed, in that order.
+        position: where the last of them ended.
+        is_broken: whether they are not the file's first bytes front to back.
+    """
+
+    def __init__(self, nbytes: int, *, chain: str = "", is_broken: bool = False) -> None:
+        self.chain = chain
+        self.ranges: list[tuple[int, int]] = []
+        self.position = 0
+        self.is_broken = is_broken
+        self._nbytes = nbytes
+        self._hash = hashlib.sha256()
+        self._unmarked: list[tuple[int, int]] = []
+
+    def update(self, offset: int, view: memoryview | bytes) -> None:
+        if not len(view):
+            return
+        self._hash.update(view)
+        self.is_broken = self.is_broken or offset != self.position
+        self.position = offset + len(view)
+        for ranges in (self.ranges, self._unmarked):
+            _append(ranges, offset, self.position)
+
+    def copy(self) -> WrittenDigest:
+        """One that goes on from here on its own, all marked."""
+        other = WrittenDigest(self._nbytes, chain=self.chain, is_broken=self.is_broken)
+        other.ranges, other.position, other._hash = list(self.ranges), self.position, self._hash.copy()
+        return other
+
+    def mark(self) -> tuple[list[tuple[int, int]], str]:
+        """The ranges that were hashed since the last mark, and the digest of all so far."""
+        ranges, self._unmarked = self._unmarked, []
+        return ranges, self._hash.hexdigest()
+
+    @property
+    def is_whole(self) -> bool:
+        return not self.is_broken and self.position == self._nbytes
+
+    def hexdigest(self) -> str | None:
+        """The file's digest, or None unless all its bytes were written front to back."""
+        return self._hash.hexdigest() if self.is_whole else None
+
+
+def _append(ranges: list[tuple[int, int]], begin: int, end: int) -> None:
+    if ranges and ranges[-1][1] == begin:
+        ranges[-1] = (ranges[-1][0], end)
+    else:
+        ranges.append((begin, end))
+
+
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a whole file, in hex."""
     with path.open("rb") as stream:

@@ -7,31 +7,42 @@ from pathlib import Path
 from types import TracebackType
 
 from corda_convert.errors import OutputRefused
-from corda_convert.output.digests import SequentialDigest, file_sha256
+from corda_convert.output.digests import WrittenDigest, file_sha256
 from corda_convert.output.direct import LEAST_BYTES, DirectWriting, whole_pages
 
 
 class ShardWriter:
     """Writes one file whose header and size are known before its first tensor.
 
+    With `begun`, the digest of what was written of it before, the file is there already and is gone on with.
     Raises `OutputRefused` when the disk is full or fails.
     """
 
-    def __init__(self, path: Path, header: bytes, nbytes: int, direct: DirectWriting | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        header: bytes,
+        nbytes: int,
+        direct: DirectWriting | None = None,
+        begun: WrittenDigest | None = None,
+    ) -> None:
         self.path = path
         self.nbytes = nbytes
         self._direct = direct
         self._direct_descriptor: int | None = None
-        self._digest = SequentialDigest(nbytes)
+        self._digest = begun or WrittenDigest(nbytes)
         self._descriptor = -1
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            if begun is None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            created = os.O_CREAT | os.O_TRUNC if begun is None else 0
+            self._descriptor = os.open(path, os.O_RDWR | created, 0o666)
             self._direct_descriptor = direct.open(path) if direct is not None else None
         except OSError as error:
             raise self._refusal(error) from None
-        self.write(0, memoryview(header))
-        self.digest(0, header)
+        if begun is None:
+            self.write(0, memoryview(header))
+            self.digest(0, header)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -77,13 +88,12 @@ class ShardWriter:
 
     def digest_copied(self, offset: int, nbytes: int) -> None:
         """Takes bytes that were copied to `offset` into the file's digest."""
-        if not self.is_broken:
-            self.digest(offset, self.read(offset, nbytes))
+        self.digest(offset, self.read(offset, nbytes))
 
     @property
-    def is_broken(self) -> bool:
-        """Whether bytes came out of order, so that the digest needs a second reading."""
-        return self._digest.is_broken
+    def written(self) -> WrittenDigest:
+        """What was taken into the digest so far. Bytes out of order cost a second reading at the end."""
+        return self._digest
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Bytes that were written."""

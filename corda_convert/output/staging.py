@@ -1,19 +1,26 @@
-"""All or nothing: work goes to a staging folder beside the output, and one rename makes it the output."""
+"""All or nothing: work goes to a staging folder beside the output, and one rename makes it the output.
+
+What a stopped run has finished stays there, with its journals, for the same command to go on with.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from corda_convert.checkpoint.folder import RECEIPT_FILE
-from corda_convert.errors import OutputRefused
+from corda_convert.errors import CordaConvertError, OutputRefused, RunStopped
+from corda_convert.output.journal import has_notes
 
 STAGING_SUFFIX = ".corda-convert-partial"
 _REPLACED_SUFFIX = ".corda-convert-replaced"
+_LOCK_FILE = "lock"
+_IDENTITY_FILE = "identity.json"
 
 
 def check_output(output: Path, sources: list[Path], *, overwrite: bool) -> None:
@@ -63,24 +70,51 @@ def check_space(output: Path, nbytes: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def staging_folder(output: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `output`; it becomes `output` when the block ends, and vanishes when it raises.
+def work_folder(output: Path) -> Path:
+    """The hidden folder beside the output where a run works: `output`, journals, what they belong to, and a lock."""
+    output = output.resolve()
+    return output.with_name(f".{output.name}{STAGING_SUFFIX}")
 
-    What an earlier, killed run left there is removed. Raises `OutputRefused` while another run holds it, and for what
+
+def journal_folder(folder: Path) -> Path:
+    """Where the journals of a staging folder are."""
+    return folder.parent / "journal"
+
+
+def held_bytes(output: Path) -> int:
+    """What an unfinished run holds of the disk."""
+    files = [path for path in work_folder(output).rglob("*") if path.is_file() and not path.is_symlink()]
+    return sum(path.stat().st_blocks * 512 for path in files)
+
+
+@contextlib.contextmanager
+def staging_folder(
+    output: Path, identity: Mapping[str, str] | None = None, *, overwrite: bool = False
+) -> Iterator[Path]:
+    """Yields the folder that becomes `output` when the block ends.
+
+    It is empty, or holds what an unfinished run of the same `identity` left (digests of all that the bytes depend on,
+    by what they are of). It vanishes when the block refuses; what stops the block otherwise (an interrupt, a lost process)
+    leaves it, if the journals have a note, and tells its place in a note of the exception. Raises `OutputRefused` while
+    another run holds it, where an unfinished run of another identity left something and `overwrite` is off, and for what
     the file system refuses on the way.
     """
     output = output.resolve()
-    staging = output.with_name(output.name + STAGING_SUFFIX)
+    work = work_folder(output)
     made = [parent for parent in output.parents if not parent.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(staging, output):
-        _empty(staging)
+    with _lock(work, output):
+        folder = work / "output"
+        _begin(work, identity, overwrite=overwrite)
         try:
-            yield staging
-            _replace(staging, output)
+            yield folder
+            _replace(folder, output)
+            shutil.rmtree(work)
         except BaseException as error:
-            shutil.rmtree(staging, ignore_errors=True)
+            if identity is not None and _can_go_on(error) and has_notes(journal_folder(folder)):
+                error.add_note(str(work))
+                raise
+            shutil.rmtree(work, ignore_errors=True)
             for parent in made:
                 with contextlib.suppress(OSError):  # not empty: somebody else uses it by now
                     parent.rmdir()
@@ -91,28 +125,73 @@ def staging_folder(output: Path) -> Iterator[Path]:
             raise
 
 
+def _can_go_on(error: BaseException) -> bool:
+    """Whether the same command may end well next time: not after a refusal."""
+    return isinstance(error, RunStopped) or not isinstance(error, (CordaConvertError, OSError))
+
+
 @contextlib.contextmanager
-def _lock(staging: Path, output: Path) -> Iterator[None]:
-    staging.mkdir(exist_ok=True)
-    descriptor = os.open(staging, os.O_RDONLY)
+def _lock(work: Path, output: Path) -> Iterator[None]:
+    """Holds the folder for this process; a file system that knows no locks is taken without."""
+    descriptor = _open_lock(work)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OutputRefused(
-                f"Another run of corda-convert is writing {output}.", next_step="Wait for it, or choose another -o."
-            ) from None
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputRefused(
+                    f"Another run of corda-convert is writing {output}.", next_step="Wait for it, or choose another -o."
+                ) from None
+            except OSError:
+                break
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(descriptor), (work / _LOCK_FILE).stat()):
+                    break
+            os.close(descriptor)  # of a run that has ended in between, and removed its folder
+            descriptor = _open_lock(work)
         yield
     finally:
         os.close(descriptor)
 
 
-def _empty(folder: Path) -> None:
-    for entry in folder.iterdir():
+def _open_lock(work: Path) -> int:
+    while True:
+        work.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # removed in between
+            return os.open(work / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+
+
+def _begin(work: Path, identity: Mapping[str, str] | None, *, overwrite: bool) -> None:
+    """Empties the work folder, unless it was left by a run of this identity. Raises `OutputRefused`."""
+    left = _identity(work)
+    if identity is not None and left == identity:
+        return
+    if identity is not None and left and has_notes(work / "journal") and not overwrite:
+        differing = sorted(key for key in {*left, *identity} if left.get(key) != identity.get(key))
+        raise OutputRefused(
+            f"An unfinished run left its work in {work}; it had another {', '.join(differing)}.",
+            next_step="Run the command that was interrupted again to finish it, or start afresh with --overwrite.",
+        )
+    for entry in work.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
-        else:
+        elif entry.name != _LOCK_FILE:
             entry.unlink()
+    (work / "output").mkdir()
+    if identity is not None:
+        draft = work / "draft"
+        draft.write_text(json.dumps({"format": "corda_convert.unfinished", "identity": dict(identity)}), "utf-8")
+        draft.replace(work / _IDENTITY_FILE)
+
+
+def _identity(work: Path) -> dict[str, str]:
+    """What the folder's content was made for; nothing where that is not known."""
+    try:
+        found = json.loads((work / _IDENTITY_FILE).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    identity = found.get("identity") if isinstance(found, dict) else None
+    return identity if isinstance(identity, dict) and (work / "output").is_dir() else {}
 
 
 def _replace(staging: Path, output: Path) -> None:
