@@ -25,6 +25,7 @@ from building import (
 from peft import LoraConfig
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -250,6 +251,31 @@ def test_the_scaling_cache_of_the_authors_is_read(tmp_path: Path) -> None:
     for module in modules:
         assert found.find(module) is None
         assert torch.equal(value(found.find_scale(module)), vectors[module])
+
+
+def test_a_sum_of_means_decomposes_as_the_mean_does(tmp_path: Path) -> None:
+    """Only the ratios of the inputs count for the residual, also in the 16 bits that the authors' scripts write."""
+    model = write_checkpoint(tmp_path / "model")
+    means = {module: random(d_in, seed=place).abs().half() for place, (module, (_, d_in)) in enumerate(LINEARS.items())}
+    ours = write_covariances(
+        tmp_path / "c.safetensors", {f"{name}.mean_abs": mean.float() for name, mean in means.items()}
+    )
+    sums = {name: 16 * mean for name, mean in means.items()} | {"lm_head": random(16).abs().half()}
+    theirs = write_covariances(tmp_path / "model_calib_input_distribution_abs_mean.pt", sums)
+    for file in (ours, theirs):
+        options = DecomposeOptions("ipm", 4, method="asvd")
+        decompose(model, output=tmp_path / f"out{file.suffix}", options=options, covariances=file)
+    found, expected = (weight_files(tmp_path / f"out.{suffix}") for suffix in ("pt", "safetensors"))
+    assert found["model.safetensors"] == expected["model.safetensors"]
+    theirs_B, ours_B = (
+        load_file(tmp_path / f"out.{suffix}" / "corda_init" / "adapter_model.safetensors")[
+            f"base_model.model.{UP}.lora_B.weight"
+        ]
+        for suffix in ("pt", "safetensors")
+    )
+    assert torch.equal(theirs_B, 2 * ours_B)  # singular values are 4 times as large; B takes their root, A the inverse
+    plain = decompose(model, output=tmp_path / "svd", options=DecomposeOptions("ipm", 4, method="svd"))
+    assert weight_files(plain.output)["model.safetensors"] != found["model.safetensors"]
 
 
 def test_the_fixtures_hold_the_mean_absolute_inputs_of_their_text() -> None:
