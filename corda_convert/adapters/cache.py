@@ -63,6 +63,11 @@ class CacheFile:
                 self.specs[name] = TensorSpec(name, "F32", shape)
                 self._modules[name] = (side, scaled)
 
+    @property
+    def reading_bytes(self) -> int:
+        """Memory for making a factor: the vectors as they are read, times the roots, and laid out anew."""
+        return 3 * max((spec.nbytes for spec in self.specs.values()), default=0)
+
     def read_into(self, name: str, begin: int, view: memoryview) -> None:
         import torch
 
