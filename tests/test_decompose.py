@@ -23,6 +23,7 @@ from building import (
     read_json,
     write_checkpoint,
     write_covariances,
+    write_json,
 )
 from conftest import Ran
 from families import tiny
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from corda_convert import DecomposeOptions, RunOptions, decompose
+from corda_convert import CordaConvertError, DecomposeOptions, RunOptions, decompose
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`corda_config` specified but will be ignored"),
@@ -149,6 +150,14 @@ def test_the_chosen_modules_are_those_that_peft_chooses(model: Path, tmp_path: P
     assert gives_back(together, base)
 
 
+def test_one_string_is_an_expression_for_the_whole_path_as_in_peft(model: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(model)
+    with pytest.raises(ValueError, match="not found in the base model"):
+        get_peft_model(base, LoraConfig(target_modules="q_proj"))
+    with pytest.raises(CordaConvertError, match="--target 'q_proj' matches no Linear layer"):
+        decompose(model, output=tmp_path / "out", options=DecomposeOptions(**SVD, targets="q_proj"))
+
+
 FAMILY_TARGETS: dict[str, list[dict[str, Any]]] = {
     "gpt2": [{}, {"targets": ("c_proj",)}, {"targets": ("attn.c_proj", "c_attn")}, {"excluded": ("mlp.c_proj",)}],
     "t5": [{}, {"targets": ("q", "v")}, {"targets": r"decoder\..*\.wo"}, {"excluded": ("EncDecAttention.k",)}],
@@ -206,6 +215,26 @@ def test_modules_whose_whole_path_is_the_end_of_another_are_selected_by_an_expre
         adapted = get_peft_model(_Ambiguous(), LoraConfig(r=2, target_modules=written))
         assert sorted(layers_of(adapted)) == modules
     assert target_modules(structure, ["fc"]) == "fc"
+
+
+class _Nested(nn.Module):
+    """A Linear that is called as a module which holds another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.ModuleDict({"dense": nn.Linear(4, 4)})
+        self.inner = nn.ModuleDict({"fc": nn.Linear(4, 4)})
+
+
+def test_a_module_that_only_holds_others_is_not_selected() -> None:
+    from corda_convert.checkpoint.structure import ModelStructure, Parameter
+    from corda_convert.operations.initial_config import target_modules
+
+    layers = {"fc.dense": "linear", "inner.fc": "linear"}
+    parameters = {f"{name}.weight": Parameter((4, 4), "linear") for name in layers}
+    structure = ModelStructure("M", layers, {}, frozenset(), None, parameters=parameters)
+    adapted = get_peft_model(_Nested(), LoraConfig(r=2, target_modules=target_modules(structure, ["inner.fc"])))
+    assert list(layers_of(adapted)) == ["inner.fc"]
 
 
 def test_patterns_of_modules_whose_whole_path_is_the_end_of_another_keep_them_apart() -> None:
@@ -653,10 +682,12 @@ def test_the_card_of_an_adapter_alone_loads_it_beside_its_residual(
     done: Command, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    write_json(model / "config.json", read_json(model / "config.json") | {"_name_or_path": "alice/tiny"})
     done("decompose", model, "--method", "svd", "--mode", "ipm", "--rank", 4, "--no-residual", "-o", "init")
     done("merge", model, "--subtract", "init", "-o", "init-residual")
     card = Path("init/README.md").read_text()
-    assert "library_name: peft" in card
+    for line in ("library_name: peft", "base_model: alice/tiny", "base_model_relation: adapter"):
+        assert f"\n{line}\n" in card
     (snippet,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     scope: dict[str, Any] = {}
     exec(snippet, scope)
@@ -709,8 +740,6 @@ def test_options_that_do_not_go_together_are_wrong_usage(
     ],
 )
 def test_the_same_is_refused_from_python(model: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    from corda_convert import CordaConvertError
-
     with pytest.raises(CordaConvertError, match=re.escape(message)):
         decompose(model, output=tmp_path / "out", options=DecomposeOptions(**options), run=RunOptions(dtype="float32"))
     assert not (tmp_path / "out").exists()
