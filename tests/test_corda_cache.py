@@ -370,6 +370,15 @@ def test_base_minus_and_plus_the_cache_is_the_base(tmp_path: Path) -> None:
         torch.testing.assert_close(weights(tmp_path / "merged")[name], tensor.float(), rtol=0, atol=1e-6)
 
 
+def test_the_plan_counts_the_memory_for_making_factors_of_the_cache(tmp_path: Path) -> None:
+    cache = write_cache(tmp_path / "cache.pt", RESIDUAL / "corda_init").path
+    run, output = RunOptions(dry_run=True), tmp_path / "out"
+    made = decompose_from_cache(MODEL, cache=cache, output=output, options=CacheOptions("kpm"), run=run).plan
+    read = merge(MODEL, output=output, options=MergeOptions(subtract=RESIDUAL / "corda_init"), run=run).plan
+    largest = max(tensor.nbytes for tensor in load_file(RESIDUAL / "corda_init" / "adapter_model.safetensors").values())
+    assert made.workspace_bytes == read.workspace_bytes + 3 * largest
+
+
 def test_names_of_the_model_without_its_head_are_found(tmp_path: Path) -> None:
     write_cache(tmp_path / "cache.pt", RESIDUAL / "corda_init")
     cache = torch.load(tmp_path / "cache.pt", weights_only=True)
