@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from corda_convert.linalg.scratch import scratch
 from corda_convert.linalg.threads import Team
 
 PANEL = 256
@@ -27,15 +28,22 @@ def times(team: Team, A: Tensor, X: Tensor) -> Tensor:
     """`A X` in float64: A (m, n) of any floating dtype, X (n, k) float64."""
     Y = torch.empty(A.shape[0], X.shape[1], dtype=X.dtype, device=X.device)
     step = LARGE_TILE if min(A.shape[0], X.shape[1]) >= LARGE_SIDE else PANEL
-    team.each(lambda rows: _product(A[rows].to(X.dtype), X, Y[rows]), A.shape[0], step)
+    team.each(lambda rows: _product(converted(A[rows], X), X, Y[rows]), A.shape[0], step)
     return Y
 
 
 def transposed_times(team: Team, A: Tensor, X: Tensor) -> Tensor:
     """`Aᵀ X` in float64: A (n, m) of any floating dtype, X (n, k) float64."""
     Y = torch.empty(A.shape[1], X.shape[1], dtype=X.dtype, device=X.device)
-    team.each(lambda columns: _product(A[:, columns].to(X.dtype).T, X, Y[columns]), A.shape[1], PANEL)
+    team.each(lambda columns: _product(converted(A[:, columns], X).T, X, Y[columns]), A.shape[1], PANEL)
     return Y
+
+
+def converted(panel: Tensor, like: Tensor) -> Tensor:
+    """The panel in the dtype of `like`: itself, or a copy in a buffer that the thread uses again for the next one."""
+    if panel.dtype == like.dtype:
+        return panel
+    return scratch("panel", tuple(panel.shape), like).copy_(panel)
 
 
 def subtract_product(team: Team, Z: Tensor, A: Tensor, X: Tensor) -> None:
@@ -96,18 +104,8 @@ class Cholesky:
     @classmethod
     def of(cls, team: Team, G: Tensor) -> Cholesky | None:
         """None where the matrix is not positive definite in float64."""
-        if not team.is_cpu:
-            L, info = torch.linalg.cholesky_ex(G)
-            return cls(team, L) if int(info) == 0 else None
-        n = G.shape[0]
-        for begin in range(0, n, TILE):
-            here = slice(begin, min(begin + TILE, n))
-            L, info = torch.linalg.cholesky_ex(G[here, here])
-            if int(info) != 0:
-                return None
-            G[here, here] = L
-            _eliminate(team, G, here, L)
-        return cls(team, G)
+        L = _factor(team, G)
+        return cls(team, L) if L is not None else None
 
     @property
     def like(self) -> Tensor:
@@ -137,6 +135,27 @@ class Cholesky:
             above = slice(0, block.start)
             subtract_product(self._team, X[above], L[block, above].T, X[block])
         return X
+
+
+def is_positive_definite(team: Team, A: Tensor) -> bool:
+    """Whether a symmetric matrix of any floating dtype has a Cholesky factor in float64."""
+    return _factor(team, A.to(torch.float64, copy=True)) is not None
+
+
+def _factor(team: Team, G: Tensor) -> Tensor | None:
+    """The factor of a symmetric float64 matrix, which is overwritten; above the diagonal it may hold anything."""
+    if not team.is_cpu:
+        L, info = torch.linalg.cholesky_ex(G)
+        return L if int(info) == 0 else None
+    n = G.shape[0]
+    for begin in range(0, n, TILE):
+        here = slice(begin, min(begin + TILE, n))
+        L, info = torch.linalg.cholesky_ex(G[here, here])
+        if int(info) != 0:
+            return None
+        G[here, here] = L
+        _eliminate(team, G, here, L)
+    return G
 
 
 def _eliminate(team: Team, G: Tensor, here: slice, L: Tensor) -> None:

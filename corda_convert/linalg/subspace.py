@@ -23,6 +23,7 @@ from torch import Tensor
 
 from corda_convert.linalg.lanczos import block_lanczos, random_block
 from corda_convert.linalg.panels import LARGE_TILE, PANEL, Cholesky, gram, subtract_product, times, transposed_times
+from corda_convert.linalg.scratch import scratch
 from corda_convert.linalg.threads import Team
 from corda_convert.linalg.weighting import NoWeighting, Weighting
 
@@ -513,12 +514,13 @@ def write_residual(team: Team, W: Tensor, factors: Factors, *, scaling: float, o
     sums: dict[int, tuple[float, float, float]] = {}
 
     def panel(rows: slice) -> None:
-        weight = W[rows].double()
-        delta = (B[rows] @ A).mul_(scaling)
-        exact = weight - delta
+        shape = (rows.stop - rows.start, W.shape[1])
+        exact = scratch("weight", shape, A).copy_(W[rows])
+        delta = torch.mm(B[rows], A, out=scratch("delta", shape, A)).mul_(scaling)
+        squares = _square(exact), _square(delta)
+        exact.sub_(delta)
         out[rows] = exact
-        rounding = exact.sub_(out[rows])
-        sums[rows.start] = (_square(weight), _square(delta), _square(rounding))
+        sums[rows.start] = (*squares, _square(exact.sub_(delta.copy_(out[rows]))))
 
     team.each(panel, W.shape[0], PANEL)
     return Norms(*(fsum(sums[row][place] for row in sorted(sums)) for place in range(3)))
