@@ -291,6 +291,25 @@ def test_layers_that_are_stored_joined_are_refused_by_name_and_otherwise_left_wi
     assert f"{joined[0]} is not on disk as one tensor of its own." in refusal(*arguments, "--target", joined[0])
 
 
+def test_layers_that_peft_takes_for_the_experts_are_left_to_truncation(
+    done: Command, refusal: Refusal, tmp_path: Path
+) -> None:
+    """PEFT looks for the experts' joined parameters under `gate_proj`, and would adapt no shared expert of that name."""
+    base = saved("deepseek_v3", tmp_path / "base")
+    arguments = ("decompose", tmp_path / "base", "--method", "svd")
+    ran = done(*arguments, "--mode", "ipm", "--rank", 2, "-o", tmp_path / "out")
+    assert ran.err.startswith("Note: 6 Linear layers stay as they are, ")
+    together = beside(tmp_path / "out", type(base))
+    modules = decomposed(read_json(tmp_path / "out" / "corda_convert.json"))
+    assert set(layers_of(together)) == set(modules)
+    assert gives_back(together, base)
+    message = refusal(*arguments, "--mode", "ipm", "--rank", 2, "--target", "shared_experts.up_proj")
+    assert message.startswith("PEFT cannot adapt model.layers.1.mlp.shared_experts.up_proj: in this architecture")
+    ran = done(*arguments, "--truncate", 2, "-o", tmp_path / "dense")
+    assert ran.err == ""
+    assert len(decomposed(read_json(tmp_path / "dense" / "corda_convert.json"))) == len(modules) + 6
+
+
 # Ranks and scalings
 
 PATTERNS: dict[str, dict[str, Any]] = {

@@ -89,7 +89,7 @@ def _targets(
     names: NameMap, options: DecomposeOptions, split: Split, matrices: Covariances | None
 ) -> tuple[Sequence[Target], tuple[str, ...]]:
     """The targets with their contexts, and warnings. Raises every problem together."""
-    chosen = choose_targets(names, Selection(options.targets, options.excluded))
+    chosen = choose_targets(names, Selection(options.targets, options.excluded), for_peft=not split.is_dropped)
     targets = chosen.targets
     problems: list[CordaConvertError] = [*chosen.problems]
     ranks = {target.module_name: split.ranks.rank_of(target.module_name) for target in targets}
@@ -103,7 +103,7 @@ def _targets(
         return targets, ()
     return targets, (
         f"{len(chosen.left_out)} Linear layers stay as they are, since their weights are not on disk as tensors of their "
-        f"own: {some(chosen.left_out)}.",
+        f"own, or PEFT could not find them: {some(chosen.left_out)}. --target says of each what it is.",
     )
 
 

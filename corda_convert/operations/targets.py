@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from corda_convert.adapters.factors import Layout, dimensions
 from corda_convert.checkpoint.covariances import Covariances
@@ -72,8 +73,11 @@ class Chosen:
     problems: tuple[CordaConvertError, ...]
 
 
-def choose_targets(names: NameMap, selection: Selection) -> Chosen:
-    """The modules that the selection means. Raises `UnsupportedInput` where it means none."""
+def choose_targets(names: NameMap, selection: Selection, *, for_peft: bool = True) -> Chosen:
+    """The modules that the selection means. Raises `UnsupportedInput` where it means none.
+
+    `for_peft`: they are to be adapted by PEFT, which must find each under its own name.
+    """
     structure = names.structure
     if structure is None:
         raise UnsupportedInput(
@@ -82,7 +86,8 @@ def choose_targets(names: NameMap, selection: Selection) -> Chosen:
         )
     linears = [module for module, kind in structure.layers.items() if kind in ("linear", "conv1d")]
     chosen = _select(linears, _heads(structure), selection)
-    found = {module: _find(names, module) for module in chosen}
+    mistaken = _names_of_experts(names.checkpoint.config) if for_peft else frozenset()
+    found = {module: _find(names, module, mistaken) for module in chosen}
     targets = [target for target in found.values() if isinstance(target, Target)]
     if not found:
         raise UnsupportedInput(f"{names.checkpoint.name} has no Linear layer to decompose.")
@@ -184,8 +189,31 @@ def _matching(modules: Sequence[str], name: str, option: str, *, is_pattern: boo
     return matched
 
 
-def _find(names: NameMap, module: str) -> Target | CordaConvertError:
+_EXPERTS: Mapping[str, frozenset[str]] = {
+    "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
+    "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
+}
+"""What transformers 4 called the experts' Linear layers, by transformers 5's name for a kind of models."""
+
+
+def _names_of_experts(config: Mapping[str, Any] | None) -> frozenset[str]:
+    """Names that PEFT takes for those of experts, which transformers 5 joins, wherever they stand in the model.
+
+    So shared experts and dense layers of the same names cannot be adapted with it.
+    """
+    from transformers import conversion_mapping
+
+    kinds = {**getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {}), "mixtral": "mixtral"}
+    return _EXPERTS.get(kinds.get((config or {}).get("model_type"), ""), frozenset())
+
+
+def _find(names: NameMap, module: str, mistaken: frozenset[str]) -> Target | CordaConvertError:
     """The module's weight if it lies on disk as it is and belongs to no other module as well, else what is in the way."""
+    if module.rpartition(".")[2] in mistaken:
+        return UnsupportedInput(
+            f"PEFT cannot adapt {module}: in this architecture it takes the name for that of the experts.",
+            next_step="Leave it out with --exclude, or choose other modules with --target.",
+        )
     found = names.target(f"{module}.weight")
     if found is None or not found.is_plain:
         return UnsupportedInput(
