@@ -16,6 +16,7 @@ from corda_convert.version import __version__
 
 if TYPE_CHECKING:
     from corda_convert.operations.decompose import DecomposeOptions, decompose
+    from corda_convert.operations.from_cache import CacheOptions, decompose_from_cache
     from corda_convert.operations.merge import MergeOptions, merge
     from corda_convert.operations.options import Outcome, RunOptions
     from corda_convert.operations.push import push
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "decompose": "operations.decompose",
     "DecomposeOptions": "operations.decompose",
+    "decompose_from_cache": "operations.from_cache",
+    "CacheOptions": "operations.from_cache",
     "merge": "operations.merge",
     "MergeOptions": "operations.merge",
     "to_lora": "operations.to_lora",
@@ -34,6 +37,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "CacheOptions",
     "CordaConvertError",
     "DecomposeOptions",
     "MergeOptions",
@@ -42,6 +46,7 @@ __all__ = [
     "ToLoraOptions",
     "__version__",
     "decompose",
+    "decompose_from_cache",
     "merge",
     "push",
     "to_lora",
