@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from corda_convert.linalg import covariance, lora, subspace
-from corda_convert.linalg.panels import Cholesky, gram, times, transposed_times
+from corda_convert.linalg.panels import Cholesky, cholesky_qr2, gram, times, transposed_times
 from corda_convert.linalg.subspace import (
     End,
     Factors,
@@ -343,3 +344,17 @@ def test_the_share_of_the_weight_tells_initial_factors_from_ordinary_ones() -> N
     assert abs(share(left, factors.lora_A, factors.lora_B)) < 0.05
     assert abs(share(weight, plain_A, plain_B)) < 0.3
     assert share(weight, plain_A, torch.zeros(64, 6)) == 0.0
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e4, 1e12])
+def test_two_cholesky_factorizations_orthonormalize_or_say_that_they_cannot(condition: float) -> None:
+    Z = matrix((300, 20), torch.logspace(0, -math.log10(condition), 20, dtype=torch.float64))
+    found = cholesky_qr2(Z)
+    if condition > 1e6:
+        assert found is None
+        return
+    assert found is not None
+    Q, R = found
+    assert torch.allclose(Q.T @ Q, torch.eye(20, dtype=Q.dtype), atol=1e-14)
+    assert torch.allclose(Q @ R, Z, atol=1e-14)
+    assert torch.equal(R, R.triu())

@@ -13,7 +13,7 @@ from math import ceil, log
 import torch
 from torch import Tensor
 
-from corda_convert.linalg.panels import subtract_product, transposed_times
+from corda_convert.linalg.panels import orthonormal, subtract_product, transposed_times
 from corda_convert.linalg.threads import Team
 
 SEED = 20231
@@ -68,15 +68,16 @@ def block_lanczos(
     most = max(most // block, 1) * block
     Q = torch.empty(n, most, dtype=start.dtype, device=start.device)
     H = torch.zeros(most, most, dtype=start.dtype, device=start.device)
-    newest = torch.linalg.qr(start).Q.contiguous()
+    newest, _ = orthonormal(team, start)
     Q[:, :block] = newest
-    size, step, trial = block, 0, -(-3 * wanted // (2 * block)) + 1
+    size, step = block, 0
+    trial = -(-(3 if team.is_cpu else 6) * wanted // (2 * block)) + 1  # on a GPU steps are cheaper than trials
     angles: list[tuple[int, float]] = []
     while True:
         step += 1
         Z = apply(newest)
         H[:size, size - block : size] = _orthogonalize(team, Q[:, :size], Z)
-        Q_next, B = torch.linalg.qr(Z)
+        Q_next, B = orthonormal(team, Z)
         pivots = B.diagonal().abs()
         is_last = size + block > most
         if is_last or (size > wanted and step >= trial):
@@ -87,8 +88,8 @@ def block_lanczos(
             trial = step + _steps_to_go(angles, tolerance)
         if float(pivots.min()) < 1e-6 * float(pivots.max()):  # what little was left of Z there is rounding
             _orthogonalize(team, Q[:, :size], Q_next)
-            Q_next = torch.linalg.qr(Q_next).Q
-        newest = Q_next.contiguous()
+            Q_next, _ = orthonormal(team, Q_next)
+        newest = Q_next
         Q[:, size : size + block] = newest
         size += block
 
@@ -113,8 +114,8 @@ def _orthogonalize(team: Team, Q: Tensor, Z: Tensor) -> Tensor:
 
 
 def _ritz(Q: Tensor, H: Tensor, B: Tensor, wanted: int, tolerance: float, steps: int) -> RitzPairs:
-    values, coefficients = torch.linalg.eigh(H.triu() + H.triu(1).T)
-    values, coefficients = values.flip(0), coefficients.flip(1)
+    values, coefficients = torch.linalg.eigh((H.triu() + H.triu(1).T).cpu())  # too small for a GPU
+    values, coefficients = values.flip(0).to(Q.device), coefficients.flip(1).to(Q.device)
     residuals = torch.linalg.vector_norm(B @ coefficients[-B.shape[1] :, :wanted], dim=0)
     neighbour = values[wanted] if wanted < len(values) else values[-1]
     gaps = (values[:wanted] - neighbour).clamp(min=torch.finfo(values.dtype).tiny)

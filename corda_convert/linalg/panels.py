@@ -59,6 +59,29 @@ def _add_product(Z: Tensor, A: Tensor, X: Tensor) -> None:
     Z.addmm_(A, X, alpha=-1)
 
 
+def orthonormal(team: Team, Z: Tensor) -> tuple[Tensor, Tensor]:
+    """`Z = Q R` of a tall float64 Z (n, k), by LAPACK; on another device by two Cholesky factorizations, where they do.
+
+    A GPU takes far longer for a QR factorization than for the products that these consist of.
+    """
+    if not team.is_cpu and (found := cholesky_qr2(Z)) is not None:
+        return found
+    Q, R = torch.linalg.qr(Z)
+    return Q.contiguous(), R
+
+
+def cholesky_qr2(Z: Tensor) -> tuple[Tensor, Tensor] | None:
+    """`Z = Q R` (Yamamoto and others, ETNA 44, 2015); None where Z is too ill-conditioned for it."""
+    Q, R = Z, torch.eye(Z.shape[1], dtype=Z.dtype, device=Z.device)
+    for _ in range(2):
+        L, info = torch.linalg.cholesky_ex(Q.T @ Q)
+        if int(info) != 0 or float(L.diagonal().min()) < 1e-6 * float(L.diagonal().max()):
+            return None
+        Q = torch.linalg.solve_triangular(L.T, Q, upper=True, left=False)
+        R = L.T @ R
+    return Q, R
+
+
 def gram(team: Team, A: Tensor) -> Tensor:
     """`AᵀA` (n, n), both triangles: A (m, n) float64."""
     n = A.shape[1]

@@ -22,7 +22,16 @@ import torch
 from torch import Tensor
 
 from corda_convert.linalg.lanczos import block_lanczos, random_block
-from corda_convert.linalg.panels import LARGE_TILE, PANEL, Cholesky, gram, subtract_product, times, transposed_times
+from corda_convert.linalg.panels import (
+    LARGE_TILE,
+    PANEL,
+    Cholesky,
+    gram,
+    orthonormal,
+    subtract_product,
+    times,
+    transposed_times,
+)
 from corda_convert.linalg.scratch import scratch
 from corda_convert.linalg.threads import Team
 from corda_convert.linalg.weighting import NoWeighting, Weighting
@@ -346,7 +355,7 @@ def _inverted(team: Team, factor: Cholesky, rank: int, start: Tensor | None = No
     most = min(factor.side, MOST_PER_RANK * rank + 16 * block)
     found = block_lanczos(team, factor.solve, start, wanted=rank, most=most, tolerance=TOLERANCE)
     V = factor.solve(found.vectors(_candidates(rank, len(found.values))))
-    return torch.linalg.qr(V).Q, found.steps + 1, found.angle
+    return orthonormal(team, V)[0], found.steps + 1, found.angle
 
 
 def _block(rank: int) -> int:
@@ -375,7 +384,7 @@ def _dense(team: Team, M: WeightedMatrix, rank: int, end: End) -> _Candidates:
     count = _candidates(rank, len(spectrum))
     chosen = vectors[:, -count:] if end == "top" else vectors[:, :count]
     if d_out > d_in:
-        chosen = torch.linalg.qr(M.forward(team, chosen)).Q
+        chosen, _ = orthonormal(team, M.forward(team, chosen))
     return _Candidates(chosen, "dense-eigh", energy, spectrum=spectrum)
 
 
@@ -391,7 +400,7 @@ def _finish(team: Team, M: WeightedMatrix, found: _Candidates, rank: int, end: E
     """The wanted ones of the candidates, by the singular values of M on them."""
     Y = transposed_times(team, M.W, found.V)
     P = M.T.transposed_times(team, Y)
-    values, coefficients = _right_singular(P)
+    values, coefficients = _right_singular(team, P)
     wanted, neighbour = (slice(0, rank), rank) if end == "top" else (slice(-rank, None), len(values) - rank - 1)
     coefficients = coefficients[:, wanted]
     U, signs = fix_signs(found.V @ coefficients)
@@ -420,10 +429,11 @@ def _finish(team: Team, M: WeightedMatrix, found: _Candidates, rank: int, end: E
     )
 
 
-def _right_singular(P: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values of P (n, k), falling, and its right singular vectors."""
-    _, values, Vh = torch.linalg.svd(torch.linalg.qr(P).R)
-    return values, Vh.T
+def _right_singular(team: Team, P: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values of P (n, k), falling, and its right singular vectors. The small SVD is a CPU's work everywhere."""
+    _, R = orthonormal(team, P)
+    _, values, Vh = torch.linalg.svd(R.cpu())
+    return values.to(P.device), Vh.T.to(P.device)
 
 
 def _certified(
