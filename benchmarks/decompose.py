@@ -2,6 +2,7 @@
 
 python benchmarks/decompose.py
 python benchmarks/decompose.py --sizes 11008x4096 --repeat 1
+python benchmarks/decompose.py --shape llama-2-7b
 python benchmarks/decompose.py --device cuda
 """
 
@@ -15,6 +16,9 @@ from typing import Any
 from measuring import HERE, machine, machine_line, markdown_table, note, run_helper, save_json, spread
 
 CONTENDERS = ("ours", "peft")
+LLAMA_2_7B = {(4096, 4096): 4, (11008, 4096): 2, (4096, 11008): 1}
+"""The linear layers of a decoder layer, and how many of each there are."""
+
 HEADER = (
     "Size (out×in)",
     "Mode",
@@ -55,7 +59,7 @@ def judge(
 ) -> Result:
     """The errors of a contender's last factors, against the reference with the damping it used."""
     shape = tuple(map(str, size))
-    options = ("--rank", str(arguments.rank), "--damp", repr(damping))
+    options = ("--rank", str(arguments.rank), "--damp", repr(damping), "--device", arguments.device)
     reference = run_helper("make_matrices.py", arguments.work, *shape, *options)["file"]
     factors = factors_file(contender, arguments)
     found = run_helper("decompose_error.py", factors, reference, inputs, mode)
@@ -79,10 +83,29 @@ def row(size: tuple[int, int], mode: str, runs: dict[str, list[Result]], errors:
     ]
 
 
+def whole_layer(raw: list[Result], modes: list[str]) -> str:
+    """Seconds of each contender over the linear layers of a decoder layer, and their ratio."""
+    rows = []
+    for mode in modes:
+        seconds = {
+            contender: sum(
+                LLAMA_2_7B[layer["size"]] * statistics.median(run["seconds"] for run in layer["runs"][contender])
+                for layer in raw
+                if layer["mode"] == mode
+            )
+            for contender in CONTENDERS
+        }
+        rows.append([mode, *(f"{value:.2f}" for value in seconds.values()), f"{seconds['peft'] / seconds['ours']:.2f}"])
+    return markdown_table(("A decoder layer", "Ours s", "PEFT s", "PEFT / ours"), rows)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = [(1024, 1024), (2048, 2048), (4096, 4096)]
     parser.add_argument("--sizes", type=_sizes, default=sizes, help="N or OUTxIN, with commas (1024,2048,4096)")
+    parser.add_argument(
+        "--shape", choices=("llama-2-7b",), help="the seven linear layers of a decoder layer, and their sum"
+    )
     parser.add_argument("--modes", type=lambda text: text.split(","), default=["ipm", "kpm"], help="ipm,kpm")
     parser.add_argument("--rank", type=int, default=128, help="rank (128)")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each contender (3)")
@@ -107,7 +130,7 @@ def main() -> None:
     facts = machine(arguments.device)
     rows: list[list[str]] = []
     raw: list[Result] = []
-    for size in arguments.sizes:
+    for size in arguments.sizes if arguments.shape is None else LLAMA_2_7B:
         note(f"{size[0]}×{size[1]}")
         inputs = run_helper("make_matrices.py", arguments.work, *map(str, size))["file"]
         for mode in arguments.modes:
@@ -120,6 +143,8 @@ def main() -> None:
             rows.append(row(size, mode, runs, errors))
             raw.append({"size": size, "mode": mode, "runs": runs, "errors": errors})
     print(markdown_table(HEADER, rows))
+    if arguments.shape is not None:
+        print(f"\n{whole_layer(raw, arguments.modes)}")
     print(f"\nRank {arguments.rank}, device {arguments.device}. {machine_line(facts)}")
     save_json(arguments.json, {"machine": facts, "rank": arguments.rank, "device": arguments.device, "layers": raw})
 

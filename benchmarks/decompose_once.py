@@ -28,20 +28,21 @@ Contender = Callable[[Tensors, Mode, int, torch.device], tuple[Tensors, float]]
 
 def ours(inputs: Tensors, mode: Mode, rank: int, device: torch.device) -> tuple[Tensors, float]:
     from corda_convert.checkpoint.tensors import TensorFile, TensorRef, TensorSpec
-    from corda_convert.operations.decomposition import DecomposeTransform
+    from corda_convert.operations.decomposition import DecomposeTransform, Names
 
     d_out, d_in = inputs["weight"].shape
     no_file = cast(TensorFile, None)  # the tensors are here already
     transform = DecomposeTransform(
         module_name="layer",
         weight=TensorRef(no_file, TensorSpec("layer.weight", "BF16", (d_out, d_in))),
-        covariance=TensorRef(no_file, TensorSpec("layer", "F32", (d_in, d_in))),
+        context=TensorRef(no_file, TensorSpec("layer", "F32", (d_in, d_in))),
         layout="out_in",
         mode=mode,
+        method="corda",
         rank=rank,
         scaling=1.0,
         damp=0.01,
-        names=("residual", "lora_A", "lora_B"),
+        names=Names("residual", "lora_A", "lora_B"),
     )
     outputs = {
         "residual": torch.empty(d_out, d_in, dtype=torch.bfloat16),
@@ -49,7 +50,7 @@ def ours(inputs: Tensors, mode: Mode, rank: int, device: torch.device) -> tuple[
         "lora_B": torch.empty(d_out, rank),
     }
     session = transform.begin(device)
-    session.step(0, inputs, outputs)
+    session.step(0, {"weight": inputs["weight"], "context": inputs["covariance"]}, outputs)
     return {name: outputs[name] for name in ("lora_A", "lora_B")}, session.facts()["damping"]["factor"]
 
 

@@ -1,4 +1,4 @@
-"""Makes the inputs of `merge.py`: a random Llama checkpoint of a given shape, and a random LoRA adapter for it.
+"""Makes the inputs of whole runs: a random Llama checkpoint, a random LoRA adapter for it, and covariances of its inputs.
 
 Tensors are drawn and written in blocks of rows, so that a run holds about a hundred MB, however large a tensor is.
 """
@@ -21,6 +21,16 @@ RANK, ALPHA = 128, 256
 SHARD_BYTES = 500_000_000
 SEED = 20260101
 BLOCK_ELEMENTS = 16_000_000
+COVARIANCE_DECAY = 1.2
+OUTLIER_CHANNELS, OUTLIER_GAIN = 4, 40.0
+SHARED_INPUTS = {
+    "self_attn.q_proj": ("self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.o_proj": (),
+    "mlp.gate_proj": ("mlp.up_proj",),
+    "mlp.down_proj": (),
+}
+"""The distinct inputs of a layer by their first module, and the others that have them."""
+
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
 Draw = Callable[[int, tuple[int, ...]], Tensor]
@@ -142,9 +152,15 @@ SHAPES: dict[str, Callable[[float], LlamaShape]] = {
 }
 
 
-def write_safetensors(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, draw: Mapping[str, Draw]) -> None:
+def write_safetensors(
+    file: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    draw: Mapping[str, Draw],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Writes one file, block of rows by block of rows. All tensors have one dtype, `BF16` or `F32`."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": metadata or {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
         begin, end = end, end + torch.Size(shape).numel() * {"BF16": 2, "F32": 4}[dtype]
@@ -230,6 +246,56 @@ def write_adapter(folder: Path, model: LlamaShape, targets: str, base_name: str)
     (folder / "adapter_config.json").write_text(json.dumps(adapter_config, indent=1))
 
 
+def covariance(d_in: int, generator: torch.Generator) -> Tensor:
+    """(d_in, d_in) float32 with eigenvalues `i^-1.2`, then four input channels amplified as massive activations are.
+
+    Its eigenvectors are a product of reflections, which takes far less time than random ones.
+    """
+    C = torch.diag(torch.arange(1, d_in + 1, dtype=torch.float64) ** -COVARIANCE_DECAY).float()
+    for _ in range(8):
+        v = torch.randn(d_in, generator=generator)
+        v /= v.norm()
+        C -= torch.outer(2 * v, v @ C)
+        C -= torch.outer(2 * (C @ v), v)
+    channels = torch.randperm(d_in, generator=generator)[:OUTLIER_CHANNELS]
+    C[channels] *= OUTLIER_GAIN
+    C[:, channels] *= OUTLIER_GAIN
+    C = torch.triu(C) + torch.triu(C, 1).T
+    return C / C.diagonal().mean()
+
+
+def write_covariances(folder: Path, model: LlamaShape) -> None:
+    """Writes `covariances.safetensors`: one matrix for each distinct input of each layer, the others as aliases."""
+    generator = torch.Generator().manual_seed(SEED + 2)
+    widths = {module: model.projections[module][1] for module in SHARED_INPUTS}
+    matrices = {width: covariance(width, generator) for width in sorted(set(widths.values()))}
+    shapes: dict[str, tuple[int, ...]] = {}
+    draw: dict[str, Draw] = {}
+    aliases: dict[str, str] = {}
+    for layer in range(model.layers):
+        prefix = f"model.layers.{layer}."
+        for module, others in SHARED_INPUTS.items():
+            width = widths[module]
+            shapes[prefix + module] = (width, width)
+            draw[prefix + module] = _rows_of(matrices[width])
+            aliases |= {prefix + other: prefix + module for other in others}
+    tokens = str(16 * max(widths.values()))
+    metadata = {"format": "corda_convert.covariances", "version": "1", "aliases": json.dumps(aliases), "tokens": tokens}
+    write_safetensors(folder / "covariances.safetensors", shapes, "F32", draw, metadata)
+
+
+def _rows_of(matrix: Tensor) -> Draw:
+    """Gives the rows of a matrix, one block after the other, and then those of the next tensor from the first on."""
+    place = 0
+
+    def draw(rows: int, shape: tuple[int, ...]) -> Tensor:
+        nonlocal place
+        begin, place = place, (place + rows) % len(matrix)
+        return matrix[begin : begin + rows]
+
+    return draw
+
+
 def make(folder: Path, write: Callable[[Path], None]) -> None:
     """Makes the folder if it is not there: under another name first, so that half a folder is never taken for one."""
     if folder.exists():
@@ -248,6 +314,7 @@ def main() -> None:
     parser.add_argument("gigabytes", type=float, help="of the model; of one embedding for large-tensor")
     parser.add_argument("targets", choices=("all", "attention"))
     parser.add_argument("shape", choices=tuple(SHAPES))
+    parser.add_argument("--covariances", action="store_true", help="and covariances")
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape](arguments.gigabytes)
     size = f"{arguments.gigabytes:g}-gb" if arguments.shape == "large-tensor" else f"{shape.layers}-layers"
@@ -255,7 +322,12 @@ def main() -> None:
     adapter = arguments.work / f"lora-{model.name}-{arguments.targets}-r{RANK}"
     make(model, lambda folder: write_model(folder, shape))
     make(adapter, lambda folder: write_adapter(folder, shape, arguments.targets, model.name))
-    print(json.dumps({"model": str(model), "adapter": str(adapter)}))
+    made = {"model": str(model), "adapter": str(adapter)}
+    if arguments.covariances:
+        covariances = arguments.work / f"covariances-{model.name}"
+        make(covariances, lambda folder: write_covariances(folder, shape))
+        made["covariances"] = str(covariances / "covariances.safetensors")
+    print(json.dumps(made))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ and rounded to bf16. The covariance is `C = D Q diag(c) Qᵀ D`, float32, with r
 but for four input channels, where it is 20, 40, 60 and 80: the massive activations of language models, with variances
 of hundreds to thousands of times the others'. C is scaled to a mean diagonal of 1. All from a fixed seed.
 
-The reference is neither contender's method: LAPACK's SVD of all of `W (C + λI)` in float64, on the CPU.
+The reference is neither contender's method: LAPACK's SVD of all of `W (C + λI)` in float64, or cuSOLVER's on a GPU.
 """
 
 from __future__ import annotations
@@ -59,14 +59,15 @@ def make_inputs(folder: Path, d_out: int, d_in: int) -> Path:
     return file
 
 
-def make_reference(folder: Path, inputs: Path, rank: int, factor: float) -> Path:
+def make_reference(folder: Path, inputs: Path, rank: int, factor: float, device: str) -> Path:
     """`ipm` and `kpm`: the left singular vectors at both ends, for a damping of `factor` times the mean diagonal."""
     file = folder / f"{inputs.stem}-reference-r{rank}-damp{factor:g}.safetensors"
     if not file.exists():
         tensors = load_file(inputs)
-        W, C = tensors["weight"].double(), tensors["covariance"].double()
+        W, C = (tensors[name].to(device, torch.float64) for name in ("weight", "covariance"))
         U, S, _ = torch.linalg.svd(W @ C + factor * C.diagonal().mean() * W, full_matrices=False)
         ends = {"ipm": U[:, :rank].contiguous(), "kpm": U[:, -rank:].contiguous(), "singular_values": S}
+        ends = {name: tensor.cpu() for name, tensor in ends.items()}
         save_once(ends, file)
     return file
 
@@ -86,10 +87,11 @@ def main() -> None:
     parser.add_argument("d_in", type=int)
     parser.add_argument("--rank", type=int)
     parser.add_argument("--damp", type=float)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     file = make_inputs(arguments.work, arguments.d_out, arguments.d_in)
     if arguments.damp is not None:
-        file = make_reference(arguments.work, file, arguments.rank, arguments.damp)
+        file = make_reference(arguments.work, file, arguments.rank, arguments.damp, arguments.device)
     print(json.dumps({"file": str(file)}))
 
 
