@@ -25,6 +25,7 @@ class _Judged:
     samples: int | None
     tokens: int | None
     condition: float | None
+    is_singular: bool = False
 
     @property
     def has_many_tokens(self) -> bool:
@@ -32,6 +33,9 @@ class _Judged:
 
     @property
     def is_deficient(self) -> bool:
+        """A singular one of unknown rank (here the full one) is deficient, unless many tokens went into it."""
+        if self.is_singular and not self.has_many_tokens:
+            return True
         return self.rank < self.side * (LEAST_SHARE if self.has_many_tokens else 1)
 
     @property
@@ -42,6 +46,11 @@ class _Judged:
         counts = [(self.tokens, "tokens"), (self.samples, "samples")]
         known = " of ".join(f"{count:,} {what}" for count, what in counts if count is not None)
         return f", from {known}" if known else ""
+
+    def size(self) -> str:
+        if self.rank == self.side:
+            return f"of an unknown rank below its {self.side:,} inputs"
+        return f"of rank {self.rank:,} for {self.side:,} inputs"
 
     def advice(self) -> str:
         if self.has_many_tokens:
@@ -60,9 +69,9 @@ def covariance_warnings(
     """A warning where covariances are rank-deficient, and one where few tokens went into them.
 
     `entries` are the receipt's facts by tensor; those of a decomposition have
-    `covariance: {samples, tokens, rank, side, condition}`. `collected` has `samples` and `tokens` of all of them, where
-    the entries do not say. Each token adds one to the rank at most: with fewer tokens than inputs it is deficient for
-    certain.
+    `covariance: {samples, tokens, rank, side, condition, singular}`, with None for what is not known. `collected` has
+    `samples` and `tokens` of all of them, where the entries do not say. Each token adds one to the rank at most: with
+    fewer tokens than inputs it is deficient for certain.
     """
     judged = [_judge(entry, entry["covariance"], collected or {}) for entry in entries if entry.get("covariance")]
     deficient = [each for each in judged if each.is_deficient]
@@ -73,8 +82,8 @@ def covariance_warnings(
         condition = "" if worst.condition is None else f" (condition {worst.condition:.1g})"
         warnings.append(
             f"The covariances of {len(deficient)} of {len(judged)} modules are rank-deficient; the worst is that of "
-            f"{worst.module}, of rank {worst.rank:,} for {worst.side:,} inputs{condition}{worst.origin()}. In the other "
-            f"directions the decomposition goes by the weights alone, or by float32's noise. {worst.advice()}"
+            f"{worst.module}, {worst.size()}{condition}{worst.origin()}. In the other directions the decomposition goes by "
+            f"the weights alone, or by float32's noise. {worst.advice()}"
         )
     if few:
         worst = min(few, key=_Judged.share)
@@ -100,6 +109,7 @@ def _judge(entry: Mapping[str, Any], facts: Mapping[str, Any], collected: Mappin
         samples=samples,
         tokens=tokens,
         condition=None if condition is None else float(condition),
+        is_singular=facts.get("singular") is True,
     )
 
 

@@ -12,6 +12,7 @@ from corda_convert.checkpoint.folder import INITIAL_ADAPTER_FOLDER, Checkpoint, 
 from corda_convert.checkpoint.names import NameMap
 from corda_convert.checkpoint.structure import read_structure
 from corda_convert.errors import CordaConvertError, raise_problems, some
+from corda_convert.operations.contexts import ContextMethod, SharedContexts
 from corda_convert.operations.decompose_options import (
     DecomposeOptions,
     Split,
@@ -61,7 +62,8 @@ def decompose(
     names = NameMap(checkpoint, read_structure(checkpoint.root, checkpoint.config, checkpoint.tensors))
     matrices = None if matrices is None else at_run_time(matrices, names)
     targets, warnings = _targets(names, options, split, matrices)
-    transforms = {target.weight.name: _transform(target, options, split) for target in targets}
+    shared = _shared(targets, options, matrices)
+    transforms = {target.weight.name: _transform(target, options, split, shared) for target in targets}
     writing = plan_writing(names, targets, transforms, options, split, run, output)
     production = Production(
         command="decompose",
@@ -107,7 +109,16 @@ def _targets(
     )
 
 
-def _transform(target: Target, options: DecomposeOptions, split: Split) -> DecomposeTransform:
+def _shared(targets: Sequence[Target], options: DecomposeOptions, matrices: Covariances | None) -> SharedContexts:
+    """The contexts of the targets, which are computed in this order."""
+    tokens = None if matrices is None else matrices.count("tokens")
+    uses = [(target.module_name, target.context) for target in targets if target.context is not None]
+    return SharedContexts(uses, ContextMethod(options.method, options.damp, options.asvd_alpha, tokens))
+
+
+def _transform(
+    target: Target, options: DecomposeOptions, split: Split, shared: SharedContexts | None = None
+) -> DecomposeTransform:
     prefix = f"{PEFT_PREFIX}{target.module_name}"
     return DecomposeTransform(
         module_name=target.module_name,
@@ -126,6 +137,7 @@ def _transform(target: Target, options: DecomposeOptions, split: Split) -> Decom
         ),
         solver=options.solver,
         asvd_alpha=options.asvd_alpha,
+        shared=shared,
     )
 
 

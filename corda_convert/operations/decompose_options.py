@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from corda_convert.checkpoint.covariances import Covariances
 from corda_convert.checkpoint.folder import Checkpoint
 from corda_convert.errors import AdapterMismatch, CordaConvertError, InputNotFound, UnsupportedInput
-from corda_convert.operations.decomposition import Method, Mode
+from corda_convert.operations.contexts import Method
+from corda_convert.operations.decomposition import Mode
 from corda_convert.operations.evidence import initial_adapter_of
 from corda_convert.operations.initial_config import Ranks, plain
 from corda_convert.operations.options import RunOptions

@@ -12,8 +12,9 @@ from corda_convert.adapters.source import CONFIG_FILE, WEIGHTS_FILE
 from corda_convert.checkpoint.folder import INITIAL_ADAPTER_FOLDER, Checkpoint
 from corda_convert.checkpoint.names import NameMap
 from corda_convert.checkpoint.tensors import TensorSpec
+from corda_convert.operations.contexts import Method
 from corda_convert.operations.decompose_options import DecomposeOptions, Split
-from corda_convert.operations.decomposition import DecomposeTransform, Method
+from corda_convert.operations.decomposition import DecomposeTransform
 from corda_convert.operations.initial_config import initial_config
 from corda_convert.operations.model_side import model_side_files, transformers_card, with_snippet
 from corda_convert.operations.options import RunOptions

@@ -9,26 +9,20 @@ from math import sqrt
 from typing import TYPE_CHECKING, Literal
 
 from corda_convert.adapters.factors import Layout, dimensions
-from corda_convert.checkpoint.tensors import TensorRef
-from corda_convert.errors import CovarianceMismatch, NotFinite
+from corda_convert.checkpoint.tensors import TensorRef, read_tensor
+from corda_convert.errors import NotFinite
+from corda_convert.operations.contexts import ContextMethod, Method, SharedContexts, Weighed
 from corda_convert.plan.model import Facts, Session
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from corda_convert.linalg.covariance import Damping
     from corda_convert.linalg.subspace import Factors, Solver, Subspace
     from corda_convert.linalg.threads import Team
-    from corda_convert.linalg.weighting import Weighting
 
 Mode = Literal["ipm", "kpm"]
 """`ipm` takes the largest singular values, `kpm` the smallest."""
-
-Method = Literal["corda", "svd", "asvd", "svd-llm"]
-
-FULL_SIDE = 1024
-"""Up to this side a covariance's rank and condition are found from all of its eigenvalues."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +51,7 @@ class DecomposeTransform:
         context: the covariance (d_in, d_in) for corda and svd-llm, mean absolute inputs (d_in,) for asvd, None for svd.
         damp: corda's: a factor of the mean diagonal, or `peft` for the reference's doubling rule.
         asvd_alpha: the exponent of asvd's scale.
+        shared: the contexts of all modules, of which some may be the same; None where this one stands alone.
     """
 
     module_name: str
@@ -71,6 +66,7 @@ class DecomposeTransform:
     names: Names
     solver: Solver = "auto"
     asvd_alpha: float = 0.5
+    shared: SharedContexts | None = None
 
     row_quantum = 1
     streamed: Mapping[str, TensorRef] = field(default_factory=dict)
@@ -83,7 +79,17 @@ class DecomposeTransform:
     @property
     def whole(self) -> Mapping[str, TensorRef]:
         operands = {"weight": self.weight}
-        return operands if self.context is None else {**operands, "context": self.context}
+        return {**operands, "context": self.context} if self.context is not None and self._reads_context else operands
+
+    @property
+    def _reads_context(self) -> bool:
+        return self.shared is None or self.module_name in self.shared.reads
+
+    @property
+    def weighing(self) -> ContextMethod:
+        if self.shared is not None:
+            return self.shared.method
+        return ContextMethod(self.method, self.damp, self.asvd_alpha, tokens=None)
 
     def workspace_bytes(self, rows: int) -> int:
         """Of the solver that needs most of those that may run, and of the panels that its threads hold."""
@@ -92,11 +98,12 @@ class DecomposeTransform:
         shape = dimensions(self.weight.spec, self.layout)
         end: Literal["top", "bottom"] = "top" if self.mode == "ipm" else "bottom"
         elements = workspace_elements(shape, self.rank, end, self.solver)
-        d_in = shape[1]
-        if self.context is not None and self.method != "asvd":
-            roots = 2 if self.method == "svd-llm" else 1.5 if self.damp == "peft" else 0
-            elements += int(roots * d_in * d_in) + (2 * d_in * d_in if d_in <= FULL_SIDE else 0)
-        return 8 * elements
+        if self.context is None:
+            return 8 * elements
+        weighing, d_in = self.weighing, shape[1]
+        elements = max(elements + weighing.workspace_elements(d_in), weighing.trial_elements(d_in))
+        held = self.shared.held_bytes if self.shared is not None else 0
+        return 8 * elements + held + (0 if self._reads_context else self.context.spec.nbytes)
 
     def begin(self, device: torch.device) -> Session:
         return _DecomposeSession(self, device)
@@ -131,28 +138,27 @@ class _DecomposeSession:
         from corda_convert.linalg import subspace as algebra
 
         transform = self.transform
-        self._check_finite(inputs)
+        self._check_finite(inputs["weight"])
         stored = inputs["weight"].to(self.device)
         weight = stored.T if transform.layout == "in_out" else stored
-        weighting, facts = self._weighting(team, inputs)
+        weighed = self._weigh(team, inputs)
         found = algebra.left_subspace(
             team,
-            algebra.WeightedMatrix(weight, weighting),
+            algebra.WeightedMatrix(weight, weighed.weighting),
             rank=transform.rank,
             end="top" if transform.mode == "ipm" else "bottom",
             solver=transform.solver,
         )
-        del weighting
         if transform.names.singular_values is not None:
             outputs[transform.names.singular_values].copy_(found.singular_values)
-            self.result = {**self._facts(found, 0), **facts}
+            self.result = {**self._facts(found, 0), **weighed.facts}
             return
         factors = algebra.balanced_factors(found, scaling=transform.scaling)
         for name, factor in ((transform.names.lora_A, factors.lora_A), (transform.names.lora_B, factors.lora_B)):
             if name is not None:
                 outputs[name].copy_(factor)
         norms = self._write_residual(team, weight, factors, outputs)
-        self.result = {**self._facts(found, factors.zero_components), **facts, **norms}
+        self.result = {**self._facts(found, factors.zero_components), **weighed.facts, **norms}
 
     def _write_residual(self, team: Team, weight: Tensor, factors: Factors, outputs: Mapping[str, Tensor]) -> Facts:
         """The residual in its place, or only the norms where it is not asked for."""
@@ -182,70 +188,29 @@ class _DecomposeSession:
             facts["reconstruction_error"] = sqrt(norms.rounding / norms.weight) if norms.weight > 0 else 0.0
         return facts
 
-    def _check_finite(self, inputs: Mapping[str, Tensor]) -> None:
+    def _check_finite(self, weight: Tensor) -> None:
         import torch
 
-        for name, ref in self.transform.whole.items():
-            if not bool(torch.isfinite(inputs[name]).all()):
-                why = "The calibration ran over a float16 range, or the file is damaged." if name == "context" else None
-                raise NotFinite(f"{ref.name} in {ref.file.path} holds NaN or Inf.", why=why)
+        ref = self.transform.weight
+        if not bool(torch.isfinite(weight).all()):
+            raise NotFinite(f"{ref.name} in {ref.file.path} holds NaN or Inf.")
 
-    def _weighting(self, team: Team, inputs: Mapping[str, Tensor]) -> tuple[Weighting, Facts]:
-        """T, and what the receipt says of it."""
-        from corda_convert.linalg import weighting as algebra
+    def _weigh(self, team: Team, inputs: Mapping[str, Tensor]) -> Weighed:
+        """T, as another module with the same context has left it, or made of the context."""
+        from corda_convert.linalg.weighting import NoWeighting
 
-        transform = self.transform
-        if transform.context is None:
-            return algebra.NoWeighting(), {"damping": None}
-        context = inputs["context"].to(self.device)
-        if transform.method == "asvd":
-            return self._scale(context), {"damping": None}
-        mean = float(context.diagonal().double().mean())
-        if mean <= 0.0:
-            raise CovarianceMismatch(
-                f"The covariance of {transform.module_name} is zero on average: no sample reached this layer.",
-                next_step="Collect covariances on data that uses this layer, or leave it out with --target.",
-            )
-        facts: Facts = {"covariance": self._covariance_facts(context)}
-        if transform.method == "svd-llm":
-            root, amount = algebra.root_weighting(team, context)
-            return root, {**facts, "damping": {"factor": amount / mean, "amount": amount}}
-        damping = self._damping(context)
-        facts["damping"] = {"factor": damping.factor, "amount": damping.amount}
-        return algebra.CovarianceWeighting(context, damping.amount), facts
-
-    def _scale(self, mean_abs: Tensor) -> Weighting:
-        from corda_convert.linalg.weighting import DiagonalWeighting
-
-        if float(mean_abs.min()) < 0.0 or float(mean_abs.max()) <= 0.0:
-            raise CovarianceMismatch(
-                f"The mean absolute inputs of {self.transform.module_name} are zero or negative.",
-                why="No sample reached this layer, or the file holds something else.",
-                next_step="Collect them on data that uses this layer, or leave it out with --target.",
-            )
-        return DiagonalWeighting(mean_abs.double() ** self.transform.asvd_alpha)
-
-    def _damping(self, covariance: Tensor) -> Damping:
-        from corda_convert.linalg import covariance as algebra
-
-        if self.transform.damp != "peft":
-            return algebra.relative_damping(covariance, self.transform.damp)
-        damping = algebra.reference_damping(covariance)
-        if damping is None:
-            raise CovarianceMismatch(
-                f"The covariance of {self.transform.module_name} stays singular in float32 for every damping of the "
-                f"reference's rule up to 0.01·2^{algebra.MAX_DOUBLINGS}.",
-                next_step="Use --damp 0.01, which needs no inverse.",
-            )
-        return damping
-
-    def _covariance_facts(self, covariance: Tensor) -> Facts:
-        """Rank and condition in float32, which covariances are stored in; not where they would take longer than the rest."""
-        from corda_convert.linalg.covariance import rank_and_condition
-
-        side = covariance.shape[0]
-        rank, condition = rank_and_condition(covariance) if side <= FULL_SIDE else (None, None)
-        return {"samples": None, "tokens": None, "rank": rank, "side": side, "condition": condition}
+        ref, module, shared = self.transform.context, self.transform.module_name, self.transform.shared
+        if ref is None:
+            return Weighed(NoWeighting(), {"damping": None})
+        weighed = shared.take(ref) if shared is not None else None
+        if weighed is None:
+            is_kept = shared is not None and shared.is_shared(module, ref)
+            stored = inputs["context"] if "context" in inputs else read_tensor(ref)
+            context = stored.to(self.device, copy=is_kept and "context" in inputs)
+            weighed = self.transform.weighing.weigh(team, context, ref, module)
+        if shared is not None:
+            shared.keep(module, ref, weighed)
+        return weighed
 
     def _facts(self, found: Subspace, zero_components: int) -> Facts:
         taken = float(found.singular_values.square().sum())

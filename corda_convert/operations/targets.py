@@ -13,7 +13,7 @@ from corda_convert.checkpoint.names import NameMap
 from corda_convert.checkpoint.structure import CLASSIFIER_HEADS, ModelStructure
 from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorRef
 from corda_convert.errors import CordaConvertError, CovarianceMismatch, UnsupportedInput
-from corda_convert.operations.decomposition import Method
+from corda_convert.operations.contexts import Method
 
 ALL_LINEAR = "all-linear"
 """PEFT's word for every Linear and Conv1D but the head."""
