@@ -156,7 +156,7 @@ def check_scales(scales: Sequence[float], model: Checkpoint) -> None:
 
 def was_taken_from(adapter: Adapter, weights: Matrices, model: Checkpoint) -> bool:
     """Whether the model is the base that this adapter's initial factors are a part of, as far as the numbers tell."""
-    named = _local_folder(adapter.source.base_name)
+    named = local_folder(adapter.source.base_name)
     if initial_adapter_of(model.root) is not None or (named is not None and initial_adapter_of(named) is not None):
         return False
     shares = repeated_shares(adapter, weights)
@@ -179,13 +179,13 @@ def check_plain(adapter: Adapter, weights: Matrices, model: Checkpoint, *, is_ad
     shares = repeated_shares(adapter, weights) if is_added else []
     if shares and median(shares) > REPEATED_SHARE:
         raise _needs_initial(adapter, model, f"its B·A repeats {median(shares):.0%} of {model.name}'s own weight there")
-    named = _local_folder(adapter.source.base_name)
+    named = local_folder(adapter.source.base_name)
     if named is not None and named != model.root.resolve() and initial_adapter_of(named) is not None:
         raise _needs_initial(adapter, model, f"its base_model_name_or_path {adapter.source.base_name} is a residual")
     if adapter.initialization == "residual":
         method = adapter.source.config.get("init_lora_weights")
         raise _needs_initial(adapter, model, f"its config says init_lora_weights={method!r}")
-    if adapter.source.config.get("corda_config") and not _is_converted(loras):
+    if adapter.source.config.get("corda_config") and not is_converted(loras):
         raise _needs_initial(
             adapter, model, "its config has a corda_config, and its factors are not a converted LoRA's"
         )
@@ -227,7 +227,7 @@ def _needs_initial(adapter: Adapter, model: Checkpoint, evidence: str) -> Adapte
     )
 
 
-def _local_folder(name: str) -> Path | None:
+def local_folder(name: str) -> Path | None:
     """The folder of that name, resolved, if there is one here. A config may name anything, a path or not."""
     try:
         return Path(name).resolve() if name and Path(name).is_dir() else None
@@ -235,7 +235,7 @@ def _local_folder(name: str) -> Path | None:
         return None
 
 
-def _is_converted(modules: Sequence[LoraFactors]) -> bool:
+def is_converted(modules: Sequence[LoraFactors]) -> bool:
     """Whether the factors look like `[A; A₀]`, `[B | −B₀]`, PEFT's converted LoRA: two halves that are much alike."""
     votes = []
     for factors in sample(modules):
