@@ -71,6 +71,21 @@ class Damp(click.ParamType):  # type: ignore[type-arg,unused-ignore]
             self.fail(f"{value!r} is neither a number nor 'peft'", param, ctx)
 
 
+class Count(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A number of parameters: 20000000 or 20M."""
+
+    name = "params"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)\s*", str(value).lower())
+        count = 0 if match is None else round(float(match[1]) * _UNITS[match[2]])
+        if count < 1:
+            self.fail(f"{value!r} is no number of parameters; write 20000000 or 20M", param, ctx)
+        return count
+
+
 class Pattern(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     """`NAME=VALUE`: a pattern for module names, and a value of another type."""
 
@@ -133,6 +148,17 @@ def cli() -> None:
     help="ipm: the largest components, to learn the task. kpm: the smallest, to keep the knowledge.",
 )
 @click.option("--rank", type=click.IntRange(min=1), help="Rank of the adapter.")
+@click.option(
+    "--rank-budget",
+    type=Count(),
+    help="Instead of a rank: so many parameters (20M) for the whole adapter, spread by the spectra of the layers.",
+)
+@click.option("--rank-min", type=click.IntRange(min=0), help="With --rank-budget: no module gets less. [default: 1]")
+@click.option(
+    "--rank-max",
+    type=click.IntRange(min=1),
+    help="With --rank-budget: no module gets more. [default: twice the rank that it pays everywhere]",
+)
 @click.option("--alpha", type=float, help="lora_alpha. [default: the rank, a scaling of 1; with --rslora its root]")
 @click.option("--rslora", is_flag=True, help="Scale by alpha / √rank, as PEFT's use_rslora does, not by alpha / rank.")
 @click.option(
@@ -243,6 +269,9 @@ def decompose(model: Path, covariances: Path | None, **options: Any) -> None:
         solver=options["solver"],
         asvd_alpha=0.5 if options["asvd_alpha"] is None else options["asvd_alpha"],
         write_cache=options["write_cache"],
+        rank_budget=options["rank_budget"],
+        rank_min=1 if options["rank_min"] is None else options["rank_min"],
+        rank_max=options["rank_max"],
     )
     _report(
         operation.decompose(model, output=output, options=chosen, covariances=covariances, run=_run(options)), options
@@ -278,15 +307,27 @@ def _option_name(parameter: str) -> str:
 
 def _check_decompose_usage(options: dict[str, Any]) -> None:
     """Raises `click.UsageError` for options that are missing, contradict each other, or would have no effect."""
-    of_adapters = ("mode", "rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", "no_residual", "write_cache")
+    of_ranks = ("rank", "rank_budget", "alpha", "rslora", "rank_pattern", "alpha_pattern")
+    of_adapters = ("mode", *of_ranks, "no_residual", "write_cache")
     if options["truncate"] is not None:
         given = [f"--{name.replace('_', '-')}" for name in of_adapters if options[name] not in (None, False, ())]
         if given:
             raise click.UsageError(f"--truncate makes no adapter; leave out {', '.join(given)}.")
+    elif options["rank_budget"] is not None:
+        if options["mode"] is None:
+            raise click.UsageError("Missing option '--mode'.")
+        if options["rank"] is not None or options["rank_pattern"]:
+            raise click.UsageError("--rank-budget chooses the ranks; leave out --rank and --rank-pattern.")
+        if options["rank_max"] is not None and options["rank_max"] < (options["rank_min"] or 1):
+            raise click.UsageError("--rank-max is below --rank-min.")
     else:
-        for name in ("mode", "rank"):
+        for name, instead in (("mode", ""), ("rank", "'--rank-budget', or ")):
             if options[name] is None:
-                raise click.UsageError(f"Missing option '--{name}' (or '--truncate').")
+                raise click.UsageError(f"Missing option '--{name}' (or {instead}'--truncate').")
+    if options["rank_budget"] is None:
+        for name in ("rank_min", "rank_max"):
+            if options[name] is not None:
+                raise click.UsageError(f"--{name.replace('_', '-')} goes with --rank-budget.")
     for name, method in (("damp", "corda"), ("asvd_alpha", "asvd")):
         if options[name] is not None and options["method"] != method:
             raise click.UsageError(f"--{name.replace('_', '-')} is for --method {method}.")

@@ -720,7 +720,7 @@ def test_the_card_of_an_adapter_alone_loads_it_beside_its_residual(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--mode", "kpm"), "Missing option '--rank' (or '--truncate')."),
+        (("--mode", "kpm"), "Missing option '--rank' (or '--rank-budget', or '--truncate')."),
         (("--rank", 4), "Missing option '--mode' (or '--truncate')."),
         (("--truncate", 4, "--mode", "kpm"), "--truncate makes no adapter; leave out --mode."),
         (("--truncate", 4, "--rank", 4, "--alpha", 2), "--truncate makes no adapter; leave out --rank, --alpha."),
@@ -751,7 +751,7 @@ def test_options_that_do_not_go_together_are_wrong_usage(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "kpm"}, "mode and rank are needed, or truncate."),
+        ({"mode": "kpm"}, "mode and rank (or rank_budget) are needed, or truncate."),
         ({"truncate": 2, "mode": "kpm", "residual": False}, "so it goes without mode, residual=False."),
         ({"mode": "kpm", "rank": 2, "method": "svd", "residual": False}, "--dtype is that of the residual's weights"),
         ({"mode": "kpm", "rank": 2, "method": "asvd", "asvd_alpha": -1.0}, "asvd's alpha is -1.0"),

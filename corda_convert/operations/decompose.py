@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from corda_convert.operations.decomposition import DecomposeTransform, Names
 from corda_convert.operations.options import Outcome, RunOptions
 from corda_convert.operations.peft_cache import check_cache_path, write_cache
 from corda_convert.operations.production import Input, Production, produce
+from corda_convert.operations.rank_budget import choose_ranks, plan_first_pass, rank_bounds
 from corda_convert.operations.targets import (
     Selection,
     Target,
@@ -33,6 +35,7 @@ from corda_convert.operations.targets import (
     rank_problems,
     with_contexts,
 )
+from corda_convert.output.summary import size
 
 __all__ = ["DecomposeOptions", "decompose"]
 
@@ -62,29 +65,85 @@ def decompose(
     names = NameMap(checkpoint, read_structure(checkpoint.root, checkpoint.config, checkpoint.tensors))
     matrices = None if matrices is None else at_run_time(matrices, names)
     targets, warnings = _targets(names, options, split, matrices)
-    shared = _shared(targets, options, matrices)
-    transforms = {target.weight.name: _transform(target, options, split, shared) for target in targets}
-    writing = plan_writing(names, targets, transforms, options, split, run, output)
-    production = Production(
-        command="decompose",
-        options=describe_options(checkpoint, matrices, options, split, run),
-        output=Path(output),
-        inputs=_inputs(checkpoint, matrices),
-        files=writing.files,
-        side_files=writing.side_files,
-        index_metadata=writing.index_metadata,
-        left_behind=writing.left_behind,
-        facts={"covariances": None if matrices is None else _describe(matrices)},
-        warnings=warnings,
-        card=writing.card,
-    )
+    work = _Work(names, matrices, options, run, Path(output))
     load_solvers()
-    outcome = produce(production, run)
+    if options.rank_budget is None:
+        outcome = produce(work.production(targets, split, warnings), run)
+    else:
+        outcome = _spend(work, targets, split, warnings)
     if options.write_cache is not None and not run.dry_run:
         write_cache(
             Path(options.write_cache), outcome.output / INITIAL_ADAPTER_FOLDER if options.residual else outcome.output
         )
     return outcome
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A run as it was asked for, with the model and the covariances that it is about."""
+
+    names: NameMap
+    matrices: Covariances | None
+    options: DecomposeOptions
+    run: RunOptions
+    output: Path
+
+    def production(
+        self, targets: Sequence[Target], split: Split, warnings: tuple[str, ...], **facts: Any
+    ) -> Production:
+        """What the run writes with these ranks. `facts` are further ones for the receipt."""
+        checkpoint = self.names.checkpoint
+        transforms = self.transforms(targets, split)
+        writing = plan_writing(self.names, targets, transforms, self.options, split, self.run, self.output)
+        return Production(
+            command="decompose",
+            options=describe_options(checkpoint, self.matrices, self.options, split, self.run),
+            output=self.output,
+            inputs=_inputs(checkpoint, self.matrices),
+            files=writing.files,
+            side_files=writing.side_files,
+            index_metadata=writing.index_metadata,
+            left_behind=writing.left_behind,
+            facts={"covariances": None if self.matrices is None else _describe(self.matrices), **facts},
+            warnings=warnings,
+            card=writing.card,
+        )
+
+    def transforms(self, targets: Sequence[Target], split: Split) -> dict[str, DecomposeTransform]:
+        """By the weights' names on disk."""
+        shared = _shared(targets, self.options, self.matrices)
+        return {target.weight.name: _transform(target, self.options, split, shared) for target in targets}
+
+
+def _spend(work: _Work, targets: Sequence[Target], split: Split, warnings: tuple[str, ...]) -> Outcome:
+    """A first pass chooses the ranks, the second one is the decomposition with them.
+
+    What can be refused without the ranks is refused before the first pass; a dry run makes none, and plans as if all ranks
+    were equal.
+    """
+    bounds = rank_bounds(targets, work.options)
+
+    def ranked(ranks: Mapping[str, int]) -> Split:
+        return replace(split, ranks=replace(split.ranks, rank=max(bounds.uniform, 1), chosen=ranks))
+
+    widest = ranked({target.module_name: bounds.most_of(target) for target in targets})
+    first = plan_first_pass(
+        [
+            replace(transform, names=Names(None, None, None, singular_values=transform.module_name))
+            for transform in work.transforms(targets, widest).values()
+        ],
+        work.run,
+    )
+    uniform = ranked({target.module_name: bounds.uniform_of(target) for target in targets})
+    note = f"Planned as if all ranks were equal; the first pass, which chooses them, needs {size(first.memory_bytes)} at most."
+    planned = work.production(targets, uniform, (*warnings, note), rank_budget=bounds.receipt(split.mode))
+    outcome = produce(planned, replace(work.run, dry_run=True))
+    if work.run.dry_run:
+        return outcome
+    choice = choose_ranks(targets, first.shares(split.mode), bounds, split.mode)
+    ranked_targets = [target for target in targets if target.module_name in choice.ranks]
+    notes = (*warnings, *choice.warnings)
+    return produce(work.production(ranked_targets, ranked(choice.ranks), notes, rank_budget=choice.facts), work.run)
 
 
 def _targets(

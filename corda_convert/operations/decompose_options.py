@@ -25,7 +25,7 @@ METHODS: tuple[Method, ...] = ("corda", "svd", "asvd", "svd-llm")
 
 @dataclass(frozen=True, slots=True)
 class DecomposeOptions:
-    """What `decompose` alone takes: `mode` and `rank`, or `truncate` alone.
+    """What `decompose` alone takes: `mode` and `rank` or `rank_budget`, or `truncate` alone.
 
     Attributes:
         mode: `ipm` takes the largest singular values, `kpm` the smallest.
@@ -45,6 +45,10 @@ class DecomposeOptions:
         solver: `dense`, `krylov`, or `auto` to choose by size, rank and end.
         asvd_alpha: the power of the mean absolute inputs for asvd.
         write_cache: a file outside the output to write as well: PEFT's CorDA `cache_file`, with these very factors.
+        rank_budget: instead of a rank: as many parameters for the whole adapter, spread over the modules by what their
+            components weigh. Then `alpha` is for the rank that it pays everywhere, and each module has its scaling.
+        rank_min: with a budget: no module gets less; 0 may leave some as they are.
+        rank_max: with a budget: no module gets more; None for twice what it pays everywhere.
     """
 
     mode: Mode | None = None
@@ -62,10 +66,18 @@ class DecomposeOptions:
     solver: Solver = "auto"
     asvd_alpha: float = 0.5
     write_cache: Path | str | None = None
+    rank_budget: int | None = None
+    rank_min: int = 1
+    rank_max: int | None = None
 
     @property
     def takes_covariances(self) -> bool:
         return self.method != "svd"
+
+    @property
+    def size(self) -> str:
+        """How large the adapter is to be, in words."""
+        return f"rank {self.rank}" if self.rank_budget is None else f"{self.rank_budget:,} parameters"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +95,7 @@ def split_of(options: DecomposeOptions) -> Split:
         others = {
             "mode": options.mode is not None,
             "rank": options.rank is not None,
+            "rank_budget": options.rank_budget is not None,
             "alpha": options.alpha is not None,
             "rslora": options.rslora,
             "rank_pattern": bool(options.rank_pattern),
@@ -94,8 +107,13 @@ def split_of(options: DecomposeOptions) -> Split:
         if given:
             raise UnsupportedInput(f"truncate writes a dense model, so it goes without {', '.join(given)}.")
         return Split("kpm", Ranks(options.truncate), is_dropped=True)
+    if options.mode is not None and options.rank_budget is not None:
+        if options.rank is not None or options.rank_pattern:
+            raise UnsupportedInput("rank_budget chooses the ranks, so it goes without rank and rank_pattern.")
+        ranks = Ranks(1, options.alpha, options.rslora, alpha_pattern=options.alpha_pattern)
+        return Split(options.mode, ranks, is_dropped=False)
     if options.mode is None or options.rank is None:
-        raise UnsupportedInput("mode and rank are needed, or truncate.")
+        raise UnsupportedInput("mode and rank (or rank_budget) are needed, or truncate.")
     ranks = Ranks(options.rank, options.alpha, options.rslora, options.rank_pattern, options.alpha_pattern)
     return Split(options.mode, ranks, is_dropped=False)
 
@@ -108,7 +126,7 @@ def option_problems(
     run: RunOptions,
 ) -> list[CordaConvertError]:
     """Why these options cannot be met with this model, as far as that is known without its tensors."""
-    problems = split.ranks.number_problems()
+    problems = [*split.ranks.number_problems(), *_budget_problems(options)]
     if options.takes_covariances and covariances is None:
         needs = "covariances" if options.method != "asvd" else "mean absolute inputs"
         problems.append(
@@ -146,6 +164,23 @@ def option_problems(
     return problems
 
 
+def _budget_problems(options: DecomposeOptions) -> list[CordaConvertError]:
+    problems: list[CordaConvertError] = []
+    if options.rank_budget is None and (options.rank_min != 1 or options.rank_max is not None):
+        problems.append(UnsupportedInput("rank_min and rank_max are bounds of the ranks that a rank_budget chooses."))
+    if options.rank_budget is not None and options.rank_budget < 1:
+        problems.append(UnsupportedInput(f"The budget is {options.rank_budget}, at least 1 was expected."))
+    if options.rank_min < 0:
+        problems.append(UnsupportedInput(f"The least rank is {options.rank_min}, at least 0 was expected."))
+    if options.rank_max is not None and options.rank_max < max(options.rank_min, 1):
+        problems.append(
+            UnsupportedInput(
+                f"The largest rank is {options.rank_max}, at least {max(options.rank_min, 1)} was expected."
+            )
+        )
+    return problems
+
+
 def describe_options(
     checkpoint: Checkpoint,
     matrices: Covariances | None,
@@ -155,14 +190,18 @@ def describe_options(
 ) -> dict[str, Any]:
     """What was chosen, with the defaults that took effect; None and nothing for what does not apply."""
     ranks = split.ranks
-    alpha = ranks.rank if ranks.alpha is None else ranks.alpha
+    has_budget = options.rank_budget is not None
+    alpha = ranks.rank if ranks.alpha is None and not has_budget else ranks.alpha
     return {
         "model": checkpoint.name,
         "covariances": None if matrices is None else matrices.path.name,
         "mode": options.mode,
         "method": options.method,
         "rank": options.rank,
-        "alpha": None if split.is_dropped else plain(alpha),
+        "rank_budget": options.rank_budget,
+        "rank_min": options.rank_min if has_budget else None,
+        "rank_max": options.rank_max,
+        "alpha": None if split.is_dropped or alpha is None else plain(alpha),
         "rslora": ranks.use_rslora,
         "rank_pattern": [f"{key}={value}" for key, value in ranks.rank_pattern.items()],
         "alpha_pattern": [f"{key}={plain(value)}" for key, value in ranks.alpha_pattern.items()],

@@ -124,7 +124,7 @@ def _residual_card(checkpoint: Checkpoint, options: DecomposeOptions) -> Card:
     card = transformers_card(
         checkpoint,
         f"The residual of `{checkpoint.name}` and, in `{INITIAL_ADAPTER_FOLDER}/`, the adapter to train beside it "
-        f"({options.method}, {options.mode}, rank {options.rank}). The two together equal the base model; the "
+        f"({options.method}, {options.mode}, {options.size}). The two together equal the base model; the "
         "residual alone does not, so train and load them together.",
         relation="finetune",
         tags=(_TAGS[options.method], "residual"),
@@ -135,7 +135,7 @@ def _residual_card(checkpoint: Checkpoint, options: DecomposeOptions) -> Card:
 def _adapter_card(checkpoint: Checkpoint, options: DecomposeOptions, residual_name: str) -> Card:
     card = transformers_card(
         checkpoint,
-        f"The initial adapter of `{checkpoint.name}` ({options.method}, {options.mode}, rank {options.rank}), to train "
+        f"The initial adapter of `{checkpoint.name}` ({options.method}, {options.mode}, {options.size}), to train "
         f"beside its residual, not beside `{checkpoint.name}` itself. `corda-convert merge {checkpoint.name} --subtract` "
         "makes the residual from this folder.",
         relation="adapter",

@@ -28,6 +28,7 @@ class Ranks:
         use_rslora: whether alpha is divided by the root of the rank.
         rank_pattern: regular expressions for the end of a path → rank.
         alpha_pattern: the same for alpha.
+        chosen: ranks by module path instead of all that, with alpha in proportion to them (with rslora the same for all).
     """
 
     rank: int
@@ -35,12 +36,17 @@ class Ranks:
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    chosen: Mapping[str, int] = field(default_factory=dict)
 
     def rank_of(self, module_name: str) -> int:
+        if module_name in self.chosen:
+            return self.chosen[module_name]
         return self.rank_pattern.get(pattern_key(self.rank_pattern, module_name), self.rank)
 
     def alpha_of(self, module_name: str) -> float:
-        own = self.rank_of(module_name) if self.alpha is None else self.alpha
+        own: float = self.rank_of(module_name) if self.alpha is None else self.alpha
+        if self.alpha is not None and module_name in self.chosen and not self.use_rslora:
+            own *= self.chosen[module_name] / self.rank
         return plain(self.alpha_pattern.get(pattern_key(self.alpha_pattern, module_name), own))
 
     def scaling_of(self, module_name: str) -> float:

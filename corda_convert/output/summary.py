@@ -84,7 +84,9 @@ def _headline(receipt: Mapping[str, Any], *, done: bool = True) -> str:
         if options.get("truncate") is not None:
             how = f"{options['method']}, without the {options['truncate']} smallest components"
             return f"{'Truncated' if done else 'truncate'} {options['model']} ({how})"
-        how = f"{options['method']}, {options['mode']}, rank {options['rank']}"
+        budget = options.get("rank_budget")
+        size_of = f"rank {options['rank']}" if budget is None else f"{budget:,} parameters"
+        how = f"{options['method']}, {options['mode']}, {size_of}"
         return f"{'Decomposed' if done else 'decompose'} {options['model']} ({how})"
     return f"{'Converted' if done else 'convert'} {options['adapter']} with {options['init']} to LoRA"
 
@@ -107,6 +109,7 @@ def _details(receipt: Mapping[str, Any]) -> list[str]:
     if covariances:
         known = [f"{covariances[key]} {key}" for key in ("samples", "tokens") if covariances.get(key)]
         lines.append(f"  covs     {covariances['matrices']} matrices" + (f" from {', '.join(known)}" if known else ""))
+    lines += _rank_budget(receipt.get("rank_budget"))
     lines += _decomposition(
         [entry for entry in receipt.get("tensors", ()) if "taken_share" in entry], str(receipt["options"].get("method"))
     )
@@ -125,6 +128,20 @@ def _details(receipt: Mapping[str, Any]) -> list[str]:
     if left:
         lines.append(f"  left     {_list(left)}: not carried over")
     return lines
+
+
+def _rank_budget(budget: Mapping[str, Any] | None) -> list[str]:
+    """What a budget pays, and, once the ranks are chosen, what they took beside what equal ones would."""
+    if budget is None:
+        return []
+    line = f"  budget   {budget['parameters']:,} parameters, rank {budget['uniform_rank']} everywhere"
+    if "ranks" not in budget:
+        return [line]
+    ranks = budget["ranks"].values()
+    return [
+        f"{line}; spent {budget['spent']:,} on ranks {min(ranks)} to {max(ranks)}, which take "
+        f"{_percent(budget['mean_share'])} on average where equal ones would {_percent(budget['mean_share_uniform'])}"
+    ]
 
 
 _WEIGHTED = {"corda": "W(C+λI)", "svd": "W", "asvd": "WS", "svd-llm": "WC^½"}
