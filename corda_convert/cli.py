@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from corda_convert.distributed import Alone, Group, Ranks, place_in
 from corda_convert.errors import CordaConvertError
 from corda_convert.version import __version__
 
@@ -481,6 +482,8 @@ def push(folder: Path, repo_id: str, private: bool, as_json: bool) -> None:
     """
     from corda_convert.operations import push as operation
 
+    if click.get_current_context().obj.place.rank > 0:
+        return
     publication = operation.push(folder, repo_id, private=private)
     if as_json:
         click.echo(json.dumps(_publication(publication)))
@@ -511,10 +514,13 @@ def _run(options: dict[str, Any]) -> RunOptions:
         push_to=options["push_to"],
         private=options["private"],
         progress=not options["quiet"],
+        ranks=click.get_current_context().obj,
     )
 
 
 def _report(outcome: Outcome, options: dict[str, Any]) -> None:
+    if click.get_current_context().obj.place.rank > 0:
+        return
     for warning in outcome.warnings:
         click.echo(f"Note: {warning}", err=True)
     if options["as_json"]:
@@ -558,31 +564,74 @@ _LESS_MEMORY = "Use --device cpu, or a smaller --rank; --dry-run tells what a ru
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits with its status."""
+    """Runs the command line, on this process or as one of several, and exits with its status."""
+    try:
+        place = place_in(os.environ)
+    except CordaConvertError as refusal:
+        sys.exit(_failed(refusal))
+    if place is None:
+        sys.exit(_run_command(arguments, Alone())[0])
+    with _silent() if place.rank else contextlib.nullcontext():
+        try:
+            with _terminable():
+                group = Group(place)
+        except (CordaConvertError, KeyboardInterrupt) as error:
+            sys.exit(_failed(error))
+        status, failure = _run_command(arguments, group)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, once one of the processes has ended
+        group.end(failure)
+        sys.exit(status)
+
+
+def _run_command(arguments: Sequence[str] | None, ranks: Ranks) -> tuple[int, BaseException | None]:
+    """The exit status, and what the command failed with; the user has been told."""
     try:
         with _terminable():
-            status = cli.main(args=arguments, prog_name="corda-convert", standalone_mode=False)
-    except CordaConvertError as refusal:
-        click.echo(f"Error: {refusal}", err=True)
-        sys.exit(1)
-    except click.exceptions.Abort as abort:
-        sys.exit(_stopped(abort.__cause__ or abort))
-    except click.ClickException as usage:
-        usage.show()
-        sys.exit(usage.exit_code)
-    except KeyboardInterrupt as stop:
-        sys.exit(_stopped(stop))
-    except OSError as error:
-        click.echo(f"Error: {error.strerror or error}: {error.filename or 'no file named'}", err=True)
-        sys.exit(1)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
-            raise
-        click.echo(f"Error: Out of memory. {str(error).partition('.')[0]}\n{_LESS_MEMORY}", err=True)
-        if getattr(error, "__notes__", None):
-            click.echo(_going_on(error), err=True)
-        sys.exit(1)
-    sys.exit(status if isinstance(status, int) else 0)
+            status = cli.main(args=arguments, prog_name="corda-convert", standalone_mode=False, obj=ranks)
+    except (Exception, KeyboardInterrupt) as error:
+        if ranks.place.size > 1 and _is_unexpected(error):
+            click.echo(f"Error: {type(error).__name__}: {error}", err=True)
+            return 1, error
+        return _failed(error), error
+    return status if isinstance(status, int) else 0, None
+
+
+def _failed(error: BaseException) -> int:
+    """Tells the user what went wrong. Returns the exit status. Raises what should not happen again."""
+    if isinstance(error, click.ClickException):
+        error.show()
+        return error.exit_code
+    if isinstance(error, (click.exceptions.Abort, KeyboardInterrupt)):
+        return _stopped(error.__cause__ or error)
+    if _is_unexpected(error):
+        raise error
+    if isinstance(error, CordaConvertError):
+        text = str(error)
+    elif isinstance(error, OSError):
+        text = f"{error.strerror or error}: {error.filename or 'no file named'}"
+    else:
+        text = f"Out of memory. {str(error).partition('.')[0]}\n{_LESS_MEMORY}"
+    click.echo(f"Error: {text}", err=True)
+    if getattr(error, "__notes__", None):
+        click.echo(_going_on(error), err=True)
+    return 1
+
+
+def _is_unexpected(error: BaseException) -> bool:
+    """Whether the error is a fault of this program."""
+    known = (CordaConvertError, click.ClickException, click.exceptions.Abort, KeyboardInterrupt, OSError, MemoryError)
+    return not isinstance(error, known) and type(error).__name__ != "OutOfMemoryError"
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing is printed inside: rank 0 speaks for all."""
+    with (
+        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
 
 
 class Terminated(KeyboardInterrupt):

@@ -15,7 +15,7 @@ import queue
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -100,13 +100,19 @@ def run(
     return _Run(plan, folder, device, progress, digests or {}, share, begun or {}, journal).run()
 
 
-def create_files(plan: Plan, folder: Path) -> dict[str, WrittenDigest]:
-    """Writes the plan's files with nothing but their headers, for processes that fill them together."""
-    begun = {}
+def create_files(plan: Plan, folder: Path, names: Container[str]) -> None:
+    """Writes some of the plan's files with nothing but their headers, for processes that fill them together."""
     for file in plan.files:
-        with _open(folder, file, DirectWriting(), None) as writer:
-            begun[file.name] = writer.written
-    return begun
+        if file.name in names:
+            with _open(folder, file, DirectWriting(), None):
+                pass
+
+
+def header_digest(file: PackedFile) -> WrittenDigest:
+    """The digest of a file that has nothing but its header."""
+    digest = WrittenDigest(file.nbytes)
+    digest.update(0, file.header)
+    return digest
 
 
 def finish_file(plan: Plan, folder: Path, name: str) -> FileRecord:

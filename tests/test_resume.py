@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere leaves the output absent or whole, and the same command goes on and ends with the same bytes."""
+"""A run that is stopped anywhere leaves the output absent or whole; the same command goes on, to the same bytes."""
 
 import hashlib
 import json
@@ -199,7 +199,7 @@ def test_work_of_other_options_is_refused_and_overwrite_starts_afresh(
     ran = command(*other)
     assert (ran.status, ran.out) == (1, "")
     assert ran.err == (
-        f"Error: An unfinished run left its work in {work}; it had another options, plan.\n"
+        f"Error: An unfinished run left its work in {work}. Since then changed: options, plan.\n"
         "Run the command that was interrupted again to finish it, or start afresh with --overwrite.\n"
     )
     assert files_below(work) == left

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from corda_convert.distributed import Alone, Ranks
 from corda_convert.errors import UnsupportedInput
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class RunOptions:
         push_to: Hub repository to publish the output to, `owner/name`.
         private: make that repository private.
         progress: show a progress bar on stderr.
+        ranks: the processes that share the work, each of which runs the same command; the command line takes torchrun's.
     """
 
     device: str = "auto"
@@ -41,6 +43,7 @@ class RunOptions:
     push_to: str | None = None
     private: bool = False
     progress: bool = False
+    ranks: Ranks = Alone()  # noqa: RUF009 - it has no state
 
     @property
     def output_dtype(self) -> str | None:
@@ -71,12 +74,17 @@ class Outcome:
     warnings: tuple[str, ...] = ()
 
 
-def resolve_device(name: str) -> torch.device:
-    """The torch device of `--device`. Raises `UnsupportedInput` for one that is not there."""
+def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The torch device of `--device`. Raises `UnsupportedInput` for one that is not there.
+
+    With `local_rank`, the number of a process on its machine, `auto` and `cuda` are that process's own GPU.
+    """
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank is not None and torch.cuda.is_available():
+        name = f"cuda:{local_rank % torch.cuda.device_count()}"  # a scheduler may show each process its own GPU alone
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corda_convert import engine, hub
+from corda_convert import hub
 from corda_convert.checkpoint.dequantized import DequantizedFile, stored_as, written_dtype
 from corda_convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
 from corda_convert.checkpoint.pickle_file import PickleFile
 from corda_convert.checkpoint.safetensors_file import SafetensorsFile
 from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorFile
+from corda_convert.distributed import Place, threads_of_this_process
 from corda_convert.operations import process_memory
 from corda_convert.operations.covariance_warnings import covariance_warnings
 from corda_convert.operations.dequantize import DequantizeTransform
 from corda_convert.operations.options import Outcome, RunOptions, resolve_device
-from corda_convert.operations.resuming import Before, identify, take_over
+from corda_convert.operations.resuming import identify, plan_digest, take_over
 from corda_convert.operations.rounding import rounding_warnings
+from corda_convert.operations.sharing import check_agreement, run_shared
 from corda_convert.operations.transforms import CastTransform
 from corda_convert.operations.verbatim import VerbatimTransform
 from corda_convert.output import staging
 from corda_convert.output.digests import SequentialDigest, file_sha256
-from corda_convert.output.journal import Journal
 from corda_convert.output.model_card import Card, render_card
 from corda_convert.output.read_ahead import ReadAhead
 from corda_convert.output.receipt import RECEIPT_FORMAT, RECEIPT_FORMAT_VERSION, tool, write_receipt
 from corda_convert.output.side_files import SideFile, json_file
-from corda_convert.plan.division import Share, outputs
 from corda_convert.plan.model import ComputeJob, Copied, Facts, OutputFileSpec, Plan, Produced
 from corda_convert.plan.packing import pack
 
@@ -138,8 +137,11 @@ def output_dtype(stored: str, wanted: str | None) -> str:
 
 @contextlib.contextmanager
 def read_ahead(files: Iterable[TensorFile], run: RunOptions) -> Iterator[ReadAhead | None]:
-    """Hashes the files, small ones first by their order here, until the engine starts or the command is refused."""
-    if run.dry_run:
+    """Hashes the files, small ones first by their order here, until the engine starts or the command is refused.
+
+    Not where several processes share the work: each would read them all.
+    """
+    if run.dry_run or run.ranks.place.size > 1:
         yield None
         return
     with ReadAhead([file.path for file in files]) as ahead:
@@ -153,28 +155,51 @@ def produce(production: Production, run: RunOptions, ahead: ReadAhead | None = N
     interrupted run of the same command has finished is taken over. Raises one of our errors; then the output is as it was
     before.
     """
-    staging.check_output(production.output, [source.path for source in production.inputs], overwrite=run.overwrite)
-    if run.push_to is not None:
-        hub.check_access(run.push_to, private=run.private)
-    device = resolve_device(run.device)
+    ranks = run.ranks
+    is_first = ranks.place.rank == 0
+    if is_first:
+        staging.check_output(production.output, [source.path for source in production.inputs], overwrite=run.overwrite)
+        if run.push_to is not None:
+            hub.check_access(run.push_to, private=run.private)
+    device = resolve_device(run.device, ranks.place.local_rank if ranks.place.size > 1 else None)
+    _limit_threads(ranks.place)
     digests = {} if ahead is None else ahead.stop()
     baseline = process_memory.resident_bytes() + _reading_bytes(production)
     plan = pack(
         production.files, workers=worker_count(device), max_memory_bytes=run.max_memory_bytes, held_bytes=baseline
     )
-    side_bytes = sum(file.nbytes for file in production.side_files)
-    staging.check_space(production.output, plan.write_bytes + side_bytes - staging.held_bytes(production.output))
+    if is_first:
+        side_bytes = sum(file.nbytes for file in production.side_files)
+        staging.check_space(production.output, plan.write_bytes + side_bytes - staging.held_bytes(production.output))
     receipt = _planned_receipt(production, plan, baseline)
+    check_agreement(ranks, plan_digest(production, plan), device)
     if run.dry_run:
         return Outcome(production.output, plan, {**receipt, "dry_run": True}, warnings=production.warnings)
+    if not is_first:
+        with ranks.leaving():
+            run_shared(plan, ranks, device, show_progress=False, digests=digests)
+        ranks.exchange(None)
+        return Outcome(production.output, plan, receipt, warnings=production.warnings)
     identity = identify(production, plan, device)
-    with staging.staging_folder(production.output, identity, overwrite=run.overwrite) as folder:
+    with (
+        staging.staging_folder(production.output, identity, overwrite=run.overwrite) as folder,
+        ranks.leaving(),
+    ):
         receipt = _fill(production, plan, folder, device, run, receipt, digests)
+    ranks.exchange(None)
     publication = None
     if run.push_to is not None:
         message = f"{production.command} with corda-convert"
         publication = hub.push_folder(production.output, run.push_to, private=run.private, commit_message=message)
     return Outcome(production.output, plan, receipt, publication, tuple(receipt["warnings"]))
+
+
+def _limit_threads(place: Place) -> None:
+    """Gives each of several processes on a machine its part of the threads."""
+    import torch
+
+    if place.local_size > 1:
+        torch.set_num_threads(threads_of_this_process(place, torch.get_num_threads()))
 
 
 def _reading_bytes(production: Production) -> int:
@@ -194,58 +219,31 @@ def _fill(
 ) -> dict[str, Any]:
     begun = time.perf_counter()
     before = take_over(plan, folder)
-    record = _run_rest(plan, folder, device, run, digests, before)
+    done = run_shared(
+        plan, run.ranks, device, show_progress=run.progress, digests=digests, folder=folder, before=before
+    )
     for side_file in _side_files(production, plan):
         side_file.write(folder)
-    tensors = _tensor_facts(plan, {**before.facts, **record.facts})
+    tensors = _tensor_facts(plan, {**before.facts, **done.facts})
     summary = summarize(tensors)
     found = (*rounding_warnings(tensors), *covariance_warnings(tensors, receipt.get("covariances")))
     receipt = {**receipt, "warnings": [*receipt["warnings"], *found]}
-    inputs = _inputs(production, _input_digests(plan, record, before))
+    inputs = _inputs(production, done.inputs)
     facts = {**receipt, "inputs": inputs, "tensors": tensors, "summary": summary}
     card = render_card(production.card, facts, repo_id=run.push_to, folder_name=production.output.name)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    written = {file.name: file.sha256 for file in record.files}
-    facts["files"] = [_file_entry(folder, path, written) for path in sorted(_all_files(folder))]
+    facts["files"] = [_file_entry(folder, path, done.files) for path in sorted(_all_files(folder))]
     facts["run"] = {
         "device": str(device),
         "seconds": round(time.perf_counter() - begun, 3),
-        "busy_seconds": {
-            "read": round(record.read_seconds, 3),
-            "compute": round(record.compute_seconds, 3),
-            "write": round(record.write_seconds, 3),
-            "hash": round(record.hash_seconds, 3),
-        },
-        "peak_memory_bytes": process_memory.peak_resident_bytes(),
-        "peak_device_memory_bytes": _peak_device_bytes(device),
+        "busy_seconds": {stage: round(done.busy_seconds(stage), 3) for stage in ("read", "compute", "write", "hash")},
+        "peak_memory_bytes": done.peak_bytes,
+        "peak_device_memory_bytes": done.peak_device_bytes,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **({"ranks": run.ranks.place.size} if run.ranks.place.size > 1 else {}),
     } | before.receipt()
     write_receipt(folder, facts)
     return facts
-
-
-def _run_rest(
-    plan: Plan,
-    folder: Path,
-    device: torch.device,
-    run: RunOptions,
-    digests: Mapping[Path, SequentialDigest],
-    before: Before,
-) -> engine.RunRecord:
-    """Runs the jobs that are not finished. The record has every file."""
-    share = Share(before.rest(), frozenset(file.name for file in plan.files if file.name not in before.files))
-    journal_path = staging.journal_folder(folder) / f"{time.time_ns():020}.jsonl"
-    with _progress(plan, share, enabled=run.progress) as progress, Journal(journal_path) as journal:
-        record = engine.run(plan, folder, device, progress, digests, share=share, begun=before.begun, journal=journal)
-    return replace(record, files=(*record.files, *before.files.values()))
-
-
-def _input_digests(plan: Plan, record: engine.RunRecord, before: Before) -> dict[Path, str]:
-    """The digests that an undisturbed run knows; where a run was taken over, some inputs are read again for it."""
-    known = {Path(path): digest for path, digest in before.inputs.items()} | dict(record.input_digests)
-    if before.jobs:
-        known |= {path: file_sha256(path) for path in engine.inputs_read_through(plan) - known.keys()}
-    return known
 
 
 def _planned_receipt(production: Production, plan: Plan, baseline: int) -> dict[str, Any]:
@@ -373,36 +371,3 @@ def worker_count(device: torch.device) -> int:
     import torch
 
     return min(torch.get_num_threads(), MAX_WORKERS) if device.type == "cpu" else 1
-
-
-def _peak_device_bytes(device: torch.device) -> int | None:
-    import torch
-
-    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None
-
-
-class _progress:  # noqa: N801 - used as a with statement only
-    """A bar by bytes on stderr with the tensor's name, only on a terminal."""
-
-    def __init__(self, plan: Plan, share: Share, *, enabled: bool) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(
-            total=sum(end - begin for number in share.jobs for _, begin, end in outputs(plan.jobs[number])),
-            unit="B",
-            unit_scale=True,
-            disable=None if enabled else True,
-            file=sys.stderr,
-            leave=False,
-            mininterval=0.2,
-        )
-
-    def __enter__(self) -> Callable[[str, int], None]:
-        def advance(name: str, nbytes: int) -> None:
-            self._bar.set_postfix_str(name, refresh=False)
-            self._bar.update(nbytes)
-
-        return advance
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()

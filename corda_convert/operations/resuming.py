@@ -40,7 +40,7 @@ class Before:
     plan: Plan
     jobs: frozenset[int]
     begun: Mapping[str, WrittenDigest]
-    facts: Mapping[str, Mapping[str, Any]]
+    facts: Mapping[str, Facts]
     inputs: Mapping[str, str]
 
     def rest(self) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ SUFFIX = ".jsonl"
 _CARRIED = f"carried{SUFFIX}"
 _READ_BYTES = 8 << 20
 
-Facts = Mapping[str, Any]
+Facts = dict[str, Any]
 
 
 class Journal:

@@ -169,7 +169,7 @@ def _begin(work: Path, identity: Mapping[str, str] | None, *, overwrite: bool) -
     if identity is not None and left and has_notes(work / "journal") and not overwrite:
         differing = sorted(key for key in {*left, *identity} if left.get(key) != identity.get(key))
         raise OutputRefused(
-            f"An unfinished run left its work in {work}; it had another {', '.join(differing)}.",
+            f"An unfinished run left its work in {work}. Since then changed: {', '.join(differing)}.",
             next_step="Run the command that was interrupted again to finish it, or start afresh with --overwrite.",
         )
     for entry in work.iterdir():
