@@ -5,11 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help demo test lint check format benchmarks clean
+.PHONY: help demo test kills lint check format benchmarks clean
 
 help:
 	@echo "make demo        decompose, train, convert and merge the fixture model, and compare every station"
 	@echo "make test        the tests"
+	@echo "make kills       200 runs of each kind, killed at random moments and gone on with (minutes)"
 	@echo "make check       format, lint, types, import layers and tests: before every commit"
 	@echo "make benchmarks  ours beside PEFT's (minutes; see benchmarks/README.md)"
 	@echo "make clean       remove the environment and all that was made"
@@ -26,6 +27,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+kills: $(READY)
+	CORDA_CONVERT_KILLS=200 $(BIN)/python -m pytest tests/test_resume.py -k killed
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -45,6 +45,10 @@ class RunOptions:
     progress: bool = False
     ranks: Ranks = Alone()  # noqa: RUF009 - it has no state
 
+    def torch_device(self) -> torch.device:
+        """The device of this process. Raises `UnsupportedInput` for one that is not there."""
+        return resolve_device(self.device, self.ranks.place.local_rank if self.ranks.place.size > 1 else None)
+
     @property
     def output_dtype(self) -> str | None:
         """The safetensors dtype name, or None. Raises `UnsupportedInput`."""

@@ -22,7 +22,7 @@ from corda_convert.linalg.allocation import Components, allocate, uniform_rank
 from corda_convert.operations import process_memory
 from corda_convert.operations.decompose_options import DecomposeOptions
 from corda_convert.operations.decomposition import DecomposeTransform, Mode
-from corda_convert.operations.options import RunOptions, resolve_device
+from corda_convert.operations.options import RunOptions
 from corda_convert.operations.targets import Target
 from corda_convert.plan.model import OutputFileSpec, Plan, Produced
 from corda_convert.plan.packing import pack
@@ -129,7 +129,7 @@ class FirstPass:
 
         Components that are zero in float64 have a share of exactly 0.
         """
-        device = resolve_device(self.run.device)
+        device = self.run.torch_device()
         with (
             tempfile.TemporaryDirectory(prefix="corda-convert-") as folder,
             _progress(len(self.plan.jobs), enabled=self.run.progress) as advance,

@@ -68,7 +68,7 @@ class Before:
                 "tensors": sum(
                     len(job.names)
                     if isinstance(job, CopyJob)
-                    else len({write.tensor for write in job.chunks[0].writes})
+                    else len({write.tensor for chunk in job.chunks for write in chunk.writes})
                     for job in done
                 ),
                 "bytes": sum(end - begin for job in done for _, begin, end in outputs(job)),
