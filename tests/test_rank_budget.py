@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -331,6 +335,7 @@ def test_the_command_line_takes_thousands_and_tells_what_the_budget_does(done: C
     )
     assert "Decomposed model (corda, kpm, 60,500 parameters)" in ran.out
     receipt = read_json(tmp_path / "out" / "corda_convert.json")
+    assert "(corda, kpm, 60,500 parameters)" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     budget = receipt["rank_budget"]
     assert f"budget   60,500 parameters, rank {budget['uniform_rank']} everywhere; spent {budget['spent']:,}" in ran.out
     tensors = load_file(tmp_path / "out" / "corda_init" / "adapter_model.safetensors")
@@ -362,6 +367,28 @@ def test_zero_components_are_told_of(model: Path, tmp_path: Path) -> None:
     assert [warning for warning in outcome.warnings if "are zero; such ones do not learn" in warning]
     zeros = sum(entry.get("zero_components", 0) for entry in outcome.receipt["tensors"])
     assert f"{zeros} of the " in outcome.warnings[0]
+
+
+def test_singular_values_below_float64s_resolution_have_no_share() -> None:
+    from corda_convert.operations.rank_budget import _shares
+
+    facts = {"singular_values": {"largest": 8.0}, "taken_share": 0.5}
+    assert _shares([3.0, 1.0, 1.7e-15], facts, "kpm") == [0.0, pytest.approx(0.05), pytest.approx(0.45)]
+    assert _shares([2.0, 1.8e-15], facts, "ipm") == [pytest.approx(0.5), pytest.approx(0.5 * 0.9e-15**2)]
+    assert _shares([0.0, 0.0], {"singular_values": {"largest": 0.0}, "taken_share": 0.0}, "ipm") == [0.0, 0.0]
+
+
+def test_several_processes_find_the_ranks_that_one_does(done: Command, tmp_path: Path) -> None:
+    arguments = ("decompose", MODEL, "--cov", COVARIANCES, "--mode", "kpm", "--rank-budget", "60k")
+    done(*arguments, "-o", tmp_path / "one")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "corda_convert")
+    command = [sys.executable, *launcher, *map(str, arguments), "-o", str(tmp_path / "two")]
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=alone)
+    assert ran.returncode == 0, ran.stderr
+    assert weight_files(tmp_path / "one") == weight_files(tmp_path / "two")
+    one, two = (read_json(tmp_path / name / "corda_convert.json") for name in ("one", "two"))
+    assert one["rank_budget"] == two["rank_budget"]
 
 
 # Before any work
@@ -396,7 +423,8 @@ def test_what_can_be_refused_before_the_first_pass_is(
 ) -> None:
     monkeypatch.setattr("corda_convert.operations.rank_budget.FirstPass.shares", no_first_pass)
     arguments = ("decompose", model, "--method", "svd", "--mode", "ipm", "--rank-budget", BUDGET)
-    assert refusal(*arguments, "--max-memory", "1MB").startswith("The run needs ")
+    message = refusal(*arguments, "--max-memory", "1MB")
+    assert re.search(r"The worst step is model\.layers\.\d\.\w+\.\w+_proj\.\n", message), "not of the first pass"
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").touch()
     ran = command(*arguments, "-o", tmp_path / "there")

@@ -7,6 +7,7 @@ the share of their layer's `‖W T‖_F²`. But the budget is in parameters and 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from corda_convert.operations.decompose_options import DecomposeOptions
 from corda_convert.operations.decomposition import DecomposeTransform, Mode
 from corda_convert.operations.options import RunOptions
 from corda_convert.operations.targets import Target
+from corda_convert.plan.division import Share, divide
 from corda_convert.plan.model import OutputFileSpec, Plan, Produced
 from corda_convert.plan.packing import pack
 
@@ -127,18 +129,26 @@ class FirstPass:
     def shares(self, mode: Mode) -> dict[str, list[float]]:
         """By module: the share of each component in `‖W T‖_F²`, in the order in which they are taken.
 
-        Components that are zero in float64 have a share of exactly 0.
+        Components that are zero in float64 have a share of exactly 0. Several processes divide the layers, and each has
+        all shares in the end.
         """
-        device = self.run.torch_device()
+        ranks, plan = self.run.ranks, self.plan
+        jobs = divide(plan, range(len(plan.jobs)), ranks.place.size)[ranks.place.rank].jobs
         with (
+            ranks.leaving(),
             tempfile.TemporaryDirectory(prefix="corda-convert-") as folder,
-            _progress(len(self.plan.jobs), enabled=self.run.progress) as advance,
+            _progress(len(jobs), self.run) as advance,
         ):
-            record = engine.run(self.plan, Path(folder), device, advance)
+            share = Share(jobs, frozenset())
+            record = engine.run(plan, Path(folder), self.run.torch_device(), advance, share=share)
+            os.truncate(
+                Path(folder) / SPECTRA_FILE, plan.write_bytes
+            )  # it ends early where others have the last layers
             file = SafetensorsFile(Path(folder) / SPECTRA_FILE)
-            spectra = {name: read_tensor(TensorRef(file, spec)).tolist() for name, spec in file.specs.items()}
+            spectra = {name: read_tensor(TensorRef(file, file.specs[name])).tolist() for name in record.facts}
             file.close()
-        return {name: _shares(values, record.facts[name], mode) for name, values in spectra.items()}
+        own = {name: _shares(values, record.facts[name], mode) for name, values in spectra.items()}
+        return {name: shares for several in ranks.exchange(own) for name, shares in several.items()}
 
 
 def plan_first_pass(transforms: Sequence[DecomposeTransform], run: RunOptions) -> FirstPass:
@@ -208,20 +218,21 @@ def choose_ranks(
 
 
 @contextlib.contextmanager
-def _progress(layers: int, *, enabled: bool) -> Iterator[Callable[[str, int], None]]:
-    """A bar by layers on stderr with the module's name, only on a terminal."""
+def _progress(layers: int, run: RunOptions) -> Iterator[Callable[[str, int], None]]:
+    """A bar by layers on stderr with the module's name, only on a terminal. Where another process fails, it stops this one."""
     from tqdm import tqdm
 
     with tqdm(
         total=layers,
         desc="ranks",
         unit="layer",
-        disable=None if enabled else True,
+        disable=None if run.progress and run.ranks.place.rank == 0 else True,
         file=sys.stderr,
         leave=False,
     ) as bar:
 
         def advance(name: str, _nbytes: int) -> None:
+            run.ranks.check()
             bar.set_postfix_str(name, refresh=False)
             bar.update()
 
