@@ -81,7 +81,7 @@ class Ranks(Protocol):
         ...
 
     def leaving(self) -> contextlib.AbstractContextManager[None]:
-        """When what is done inside fails, tells the others, and waits until none of them writes any longer."""
+        """When what is done inside fails, tells the others; rank 0 waits after a refusal until none of them writes."""
         ...
 
 
@@ -105,6 +105,7 @@ class Group:
 
     def __init__(self, place: Place) -> None:
         """Waits for all processes. Raises `RunStopped` if they do not come together."""
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # lost connections are told in our words
         import torch.distributed as dist
 
         self.place = place
@@ -156,7 +157,8 @@ class Group:
             yield
         except BaseException as error:
             self._leave(error)
-            if isinstance(error, CordaConvertError) and self.place.rank == 0:
+            is_refusal = isinstance(error, CordaConvertError) and not isinstance(error, RunStopped)
+            if is_refusal and self.place.rank == 0:
                 self._wait_while(lambda: not self._all("left"), SILENT_SECONDS)
             raise
 
@@ -168,7 +170,8 @@ class Group:
         self._leave(error)
         if self.place.rank == 0:
             self._set("told", "")
-            self._wait_while(lambda: not self._all("gone"), 5)  # the store may be this process's own
+            if not isinstance(error, RunStopped):  # the store may be this process's own
+                self._wait_while(lambda: not self._all("gone"), 5)
         elif error is not None:
             self._wait_while(lambda: not self._has("told"), SILENT_SECONDS)
         self._set(f"gone/{self.place.rank}", "")
@@ -265,7 +268,7 @@ class Group:
 
 
 def _lost(what: str) -> RunStopped:
-    return RunStopped(what, next_step="Run the same command again: it goes on with what is finished.")
+    return RunStopped(what, why="A process was killed, or its machine is gone.")
 
 
 def threads_of_this_process(place: Place, threads: int) -> int:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -211,6 +212,40 @@ def test_a_process_that_stays_alone_says_what_is_missing(tiny: tuple[object, ...
     assert done.returncode == 1
     assert done.stderr.startswith("Error: The 2 processes of this run did not come together: ")
     assert done.stderr.endswith("unset RANK and WORLD_SIZE to run alone.\n")
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_without_a_launcher_a_process_that_is_gone_is_missed_in_time(
+    sharded: Path, tmp_path: Path, killed: int
+) -> None:
+    program = tmp_path / "one_dies.py"
+    program.write_text(
+        "from corda_convert import distributed\ndistributed.SILENT_SECONDS = 3\n"
+        + ONE_DIES.replace('== "1"', f'== "{killed}"').replace("sleep(0.2)", "sleep(1)")
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(program), "decompose", sharded, "--method", "svd", "--mode", "ipm", "--rank", "2"]
+    place = ALONE | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [*map(str, command), "-o", str(tmp_path / "out")],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [-9 if rank == killed else 1 for rank in range(2)], errors
+    assert errors[1] == ""
+    if killed == 1:
+        assert errors[0] == (
+            "Error: Nothing was heard of rank 1 for 3 seconds.\nA process was killed, or its machine is gone.\n"
+            f"Run the same command again to go on, or remove what is finished: rm -r {work_folder(tmp_path / 'out')}\n"
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_signal_to_the_launcher_keeps_what_is_finished(sharded: Path, tmp_path: Path) -> None:
