@@ -17,6 +17,7 @@ from corda_convert.version import __version__
 if TYPE_CHECKING:
     from corda_convert.operations.decompose import DecomposeOptions, decompose
     from corda_convert.operations.from_cache import CacheOptions, decompose_from_cache
+    from corda_convert.operations.inspect import Inspection, inspect
     from corda_convert.operations.merge import MergeOptions, merge
     from corda_convert.operations.options import Outcome, RunOptions
     from corda_convert.operations.push import push
@@ -27,6 +28,8 @@ _HOMES = {
     "DecomposeOptions": "operations.decompose",
     "decompose_from_cache": "operations.from_cache",
     "CacheOptions": "operations.from_cache",
+    "inspect": "operations.inspect",
+    "Inspection": "operations.inspect",
     "merge": "operations.merge",
     "MergeOptions": "operations.merge",
     "to_lora": "operations.to_lora",
@@ -40,6 +43,7 @@ __all__ = [
     "CacheOptions",
     "CordaConvertError",
     "DecomposeOptions",
+    "Inspection",
     "MergeOptions",
     "Outcome",
     "RunOptions",
@@ -47,6 +51,7 @@ __all__ = [
     "__version__",
     "decompose",
     "decompose_from_cache",
+    "inspect",
     "merge",
     "push",
     "to_lora",

@@ -50,8 +50,8 @@ def merging(tmp_path: Path) -> tuple[object, ...]:
 # Help
 
 
-def test_there_are_four_commands() -> None:
-    assert COMMANDS == ["decompose", "merge", "push", "to-lora"]
+def test_there_are_five_commands() -> None:
+    assert COMMANDS == ["decompose", "inspect", "merge", "push", "to-lora"]
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])

@@ -22,6 +22,10 @@ from corda_convert.adapters.tokens import TokenRows
 from corda_convert.operations.evidence import initial_adapter_of, is_converted, local_folder
 
 
+_DEFAULT_RANK = 8
+"""PEFT's, where a config has no `r`."""
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterFacts:
     """An adapter as a server sees it.
@@ -100,7 +104,7 @@ def facts_of(adapter: Adapter) -> AdapterFacts:
         mode=", ".join(sorted({each.mode for each in blocks})),
         init=_init(source),
         residual=residual_evidence(adapter),
-        rank=rank if isinstance(rank, int) else 8 if is_lora else 0,
+        rank=rank if isinstance(rank, int) else _DEFAULT_RANK if is_lora and not source.is_file else 0,
         alpha=float(alpha) if isinstance(alpha, (int, float)) else None,
         use_rslora=bool(source.config.get("use_rslora")),
         ranks={each.module_name: each.rank for each in ranked},

@@ -93,7 +93,7 @@ def _file(facts: AdapterFacts) -> str:
 
 
 def _residual(facts: AdapterFacts) -> str:
-    return f"it was trained beside a residual: {facts.residual}" if facts.residual else ""
+    return "it was trained beside a residual" if facts.residual else ""
 
 
 def _remade(facts: AdapterFacts) -> str:

@@ -15,7 +15,7 @@ from corda_convert.operations.server_rules import RULES, VLLM_RANKS, Fix, Server
 
 FIXES: dict[Fix, str] = {
     "initial": "to-lora --init INIT makes it an ordinary LoRA for the base, of twice the rank",
-    "blocks": "to-lora makes it an ordinary LoRA",
+    "blocks": "to-lora --base BASE makes it an ordinary LoRA",
     "rank": "to-lora --rank {rank} makes the best LoRA of that rank, and tells its error",
     "uniform": "to-lora --uniform gives all modules one rank and one scaling",
     "scaling": "to-lora --for {server} takes the scaling into lora_B",
