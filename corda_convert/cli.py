@@ -463,20 +463,8 @@ def to_lora(adapter: Path, init: Path, **options: Any) -> None:
     output = _check_paths(options, ("adapter", adapter), ("initial adapter", init))
     from corda_convert.operations import to_lora as operation
 
-    chosen = operation.ToLoraOptions(
-        base=options["base"],
-        residual=options["residual"],
-        from_checkpoints=options["from_checkpoints"],
-        scales=options["scales"],
-        rank=options["rank"],
-        energy=options["energy"],
-        weight_by=options["weight_by"],
-        uniform=options["uniform"],
-        as_is=options["as_is"],
-    )
-    _report(
-        operation.to_lora(adapters, init=options["initials"], output=output, options=chosen, run=_run(options)), options
-    )
+    chosen = operation.ToLoraOptions(base=options["base"])
+    _report(operation.to_lora(adapter, init=init, output=output, options=chosen, run=_run(options)), options)
 
 
 @cli.command()
