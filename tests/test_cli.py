@@ -173,7 +173,7 @@ def test_a_refusal_is_1(command: Command, merging: tuple[object, ...], tmp_path:
             ("decompose", "m", "--mode", "kpm", "--rank", "1", "-o", "x", "--damp", "a bit"),
             "neither a number nor 'peft'",
         ),
-        (("to-lora", "a", "-o", "x"), "Missing option '--init'"),
+        (("to-lora", "-o", "x"), "Missing argument 'ADAPTER' (or '--from-checkpoints')"),
         (("push", "folder"), "Missing argument 'REPO_ID'"),
     ],
 )

@@ -694,14 +694,11 @@ def test_dora_trained_beside_a_residual_is_refused_on_the_base(refusal: Refusal,
     assert "its config says init_lora_weights='corda'" in refusal("merge", llama, "--adapter", adapter)
 
 
-@pytest.mark.parametrize("kind", ["tokens", "norms"])
-def test_to_lora_refuses_what_it_cannot_carry(kind: str, refusal: Refusal, tmp_path: Path) -> None:
+def test_to_lora_refuses_a_dora(refusal: Refusal, tmp_path: Path) -> None:
     initial = write_adapter(tmp_path / "initial", lora_tensors({UP: LINEARS[UP]}), lora_config())
-    tensors = dora_tensors() if kind == "norms" else {**lora_tensors({UP: LINEARS[UP]}), DELTA: random(1, HIDDEN)}
-    options = {"use_dora": True} if kind == "norms" else {"trainable_token_indices": [3]}
-    adapter = write_adapter(tmp_path / "adapter", tensors, lora_config(**options))
-    name = UP if kind == "norms" else "model.embed_tokens"
+    adapter = write_adapter(tmp_path / "adapter", dora_tensors(), lora_config(use_dora=True))
     assert refusal("to-lora", adapter, "--init", initial) == (
-        f"adapter changes {name} by DoRA, a convolution's factors, a bias of LoRA or trainable tokens, which this version "
-        "does not convert.\nMerge it into the base with --init instead."
+        f"adapter is a DoRA: in {UP} it sets the norm of every output, which depends on the weight beneath it.\n"
+        "On another weight, the base instead of the residual, its factors and norms are another function, and no LoRA is it.\n"
+        "Merge it into the base, with --init."
     )

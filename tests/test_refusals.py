@@ -938,7 +938,9 @@ def test_init_with_a_block_adapter_is_refused(refusal: Refusal, model: Path, lor
     assert refusal("merge", model, "--adapter", miss, "--init", lora) == (
         "--init is for LoRA adapters trained beside a residual; miss is miss.\nLeave out --init."
     )
-    assert refusal("to-lora", miss, "--init", lora).startswith("miss is a miss adapter; this version converts LoRA")
+    assert refusal("to-lora", miss, "--init", lora) == (
+        "miss is a miss adapter; --init is for LoRA adapters trained beside a residual.\nLeave out --init."
+    )
 
 
 def test_an_adapter_converted_with_itself_is_refused(refusal: Refusal, lora: Path) -> None:

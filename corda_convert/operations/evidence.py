@@ -179,16 +179,23 @@ def check_plain(adapter: Adapter, weights: Matrices, model: Checkpoint, *, is_ad
     shares = repeated_shares(adapter, weights) if is_added else []
     if shares and median(shares) > REPEATED_SHARE:
         raise _needs_initial(adapter, model, f"its B·A repeats {median(shares):.0%} of {model.name}'s own weight there")
+    if (reason := residual_reason(adapter)) is not None:
+        raise _needs_initial(adapter, model, reason)
+    return None
+
+
+def residual_reason(adapter: Adapter) -> str | None:
+    """What, but for the numbers of a model, tells that a LoRA adapter was trained beside a residual, in words."""
+    loras = lora_factors(adapter.modules)
+    if not loras:
+        return None
     named = local_folder(adapter.source.base_name)
-    if named is not None and named != model.root.resolve() and initial_adapter_of(named) is not None:
-        raise _needs_initial(adapter, model, f"its base_model_name_or_path {adapter.source.base_name} is a residual")
+    if named is not None and initial_adapter_of(named) is not None:
+        return f"its base_model_name_or_path {adapter.source.base_name} is a residual"
     if adapter.initialization == "residual":
-        method = adapter.source.config.get("init_lora_weights")
-        raise _needs_initial(adapter, model, f"its config says init_lora_weights={method!r}")
+        return f"its config says init_lora_weights={adapter.source.config.get('init_lora_weights')!r}"
     if adapter.source.config.get("corda_config") and not is_converted(loras):
-        raise _needs_initial(
-            adapter, model, "its config has a corda_config, and its factors are not a converted LoRA's"
-        )
+        return "its config has a corda_config, and its factors are not a converted LoRA's"
     return None
 
 

@@ -1,28 +1,42 @@
-"""`to-lora`: an adapter trained beside a residual → an ordinary LoRA for the base, of twice the rank."""
+"""`to-lora`: whatever is of low rank, or nearly so, as an ordinary LoRA for the unmodified base model.
+
+Every source gives, module by module, factors to be added up (`lora_adapters`), or a dense change (`lora_checkpoints`).
+Here their ranks are chosen and the result is planned: factors put together as they are, or the best of a lower rank.
+"""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import frexp
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from corda_convert.adapters import read_adapter
-from corda_convert.adapters.factors import Adapter
-from corda_convert.adapters.initial import read_initial, with_initial
-from corda_convert.adapters.lora import LoraFactors, LoraScaling, read_scaling
+from corda_convert.adapters.lora import read_scaling
 from corda_convert.adapters.source import CONFIG_FILE, PEFT_PREFIX, WEIGHTS_FILE
+from corda_convert.checkpoint.covariances import Covariances, read_covariances
+from corda_convert.checkpoint.folder import Checkpoint, read_checkpoint
 from corda_convert.checkpoint.tensors import TensorRef, TensorSpec
-from corda_convert.errors import AdapterMismatch, UnsupportedInput, some
-from corda_convert.operations import evidence
-from corda_convert.operations.options import Outcome, RunOptions
-from corda_convert.operations.production import Input, Production, output_dtype, produce
-from corda_convert.operations.transforms import CastTransform, JoinTransform, Part
+from corda_convert.errors import CordaConvertError, CovarianceMismatch, UnsupportedInput, raise_problems, some
+from corda_convert.operations.lora_adapters import Given, from_adapters
+from corda_convert.operations.lora_checkpoints import from_checkpoints
+from corda_convert.operations.lora_config import baked_config, doubled_config
+from corda_convert.operations.lora_join import JoinTransform, Part
+from corda_convert.operations.lora_modules import Carried, LoraModule, LoraSource
+from corda_convert.operations.lora_reduction import ReduceTransform, energy_rank_of
+from corda_convert.operations.options import Outcome, RunOptions, resolve_device
+from corda_convert.operations.production import Input, Production, output_dtype, produce, read_ahead
+from corda_convert.operations.transforms import CastTransform
 from corda_convert.output.model_card import Card
-from corda_convert.output.side_files import json_file, override, tokenizer_files
+from corda_convert.output.side_files import json_file, override
 from corda_convert.plan.model import OutputFileSpec, Produced
+
+if TYPE_CHECKING:
+    import torch
+
+Paths = Path | str | Sequence[Path | str]
+"""One path or several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,122 +44,349 @@ class ToLoraOptions:
     """What `to-lora` alone takes.
 
     Attributes:
-        base: name of the base model for the new config; None keeps it empty where the old name is the residual's.
+        base: the base model: its name for the new config, and where it is a local folder, the model itself, for the sources
+            that need it and for the check that the rest belongs to it.
+        residual: the model that the one adapter was trained beside, where its initial adapter is lost; needs `base`.
+        from_checkpoints: a model and a fine-tune of it, in place of adapters; needs `rank` or `energy`.
+        scales: how many times each adapter is taken, negative ones included; once, where none are given.
+        rank: the largest rank of a module.
+        energy: the share of `‖ΔW‖²` that each module keeps, with as small a rank as that takes.
+        weight_by: covariances of the layers' inputs: the error of their outputs counts instead, `‖(ΔW − BA) C^½‖`.
+        uniform: one rank for all modules, without patterns, with zeros where a module has less.
+        as_is: trust the user that everything given belongs together.
     """
 
     base: str | None = None
+    residual: Path | str | None = None
+    from_checkpoints: tuple[Path | str, Path | str] | None = None
+    scales: Sequence[float] = ()
+    rank: int | None = None
+    energy: float | None = None
+    weight_by: Path | str | None = None
+    uniform: bool = False
+    as_is: bool = False
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether a rank is chosen."""
+        return self.rank is not None or self.energy is not None
 
 
 def to_lora(
-    adapter: Path | str,
+    adapter: Paths = (),
     *,
-    init: Path | str,
     output: Path | str,
+    init: Paths | None = None,
     options: ToLoraOptions = ToLoraOptions(),
     run: RunOptions = RunOptions(),  # noqa: B008 - frozen
 ) -> Outcome:
-    """Writes `[A; A₀]` and `[B | −B₀]`: `s·(BA − B₀A₀)` as one LoRA of rank 2r, exact but for the dtype.
+    """Writes one LoRA for the base: of adapters trained beside a residual, of blocks, of several adapters, of a fine-tune.
 
-    Plain scaling keeps r and alpha in proportion (both doubled, alpha times √2 under rsLoRA). rsLoRA together with
-    patterns has its scaling baked into B. Raises a `CordaConvertError`; then nothing was written.
+    Without `rank` and `energy` nothing is lost but by the dtype: `s·(BA − B₀A₀)` becomes `[A; A₀]`, `[B | −B₀]` of twice the
+    rank. A scaling that PEFT's config cannot give is baked into lora_B. Raises a `CordaConvertError`; then nothing was
+    written.
     """
-    trained = read_adapter(Path(adapter))
-    initial = read_initial(Path(init), trained)
-    for source in (trained, initial):
-        if source.kind != "lora":
-            raise UnsupportedInput(
-                f"{source.source.name} is a {source.kind} adapter; this version converts LoRA adapters trained beside a "
-                "residual.",
-                next_step="Merge it instead.",
+    adapters, initials = _paths(adapter), _paths(init)
+    _check_options(options, adapters, initials)
+    base = _readable_base(options, adapters)
+    if options.from_checkpoints is not None:
+        before, after = (Path(path) for path in options.from_checkpoints)
+        source = from_checkpoints(before, after)
+    else:
+        residual = None if options.residual is None else Path(options.residual)
+        source = from_adapters(Given(adapters, initials, options.scales, base, residual, options.as_is))
+    _check_needed(source, options, run)
+    with read_ahead((file for each in source.inputs if each.digest_always for file in each.files), run) as ahead:
+        return produce(_production(source, options, run, Path(output)), run, ahead)
+
+
+def _paths(paths: Paths | None) -> tuple[Path, ...]:
+    if paths is None:
+        return ()
+    return (Path(paths),) if isinstance(paths, (str, Path)) else tuple(Path(path) for path in paths)
+
+
+def _check_options(options: ToLoraOptions, adapters: Sequence[Path], initials: Sequence[Path]) -> None:
+    """Refuses options that are out of range or contradict each other, all together."""
+    problems: list[CordaConvertError] = []
+    if options.rank is not None and options.rank < 1:
+        problems.append(UnsupportedInput(f"The rank is {options.rank}, at least 1 was expected."))
+    if options.energy is not None and not 0 < options.energy <= 1:
+        problems.append(
+            UnsupportedInput(
+                f"--energy is {options.energy:g}, a share above 0 and up to 1 was expected, such as 0.999."
             )
-    if trained.source.folder.resolve() == initial.source.folder.resolve():
-        raise AdapterMismatch("The adapter and --init are the same folder: the result would be zero.")
-    for source in (trained, initial):
-        _check_carried(source)
-    pairs = with_initial(trained, initial)
-    evidence.check_same_training(trained, initial)
-    scaling = read_scaling(trained.source.config)
-    is_baked = scaling.use_rslora and bool(scaling.rank_pattern or scaling.alpha_pattern)
-    config = converted_config(trained.source.config, scaling, is_baked=is_baked)
-    config["base_model_name_or_path"] = options.base
-    production = Production(
-        command="to-lora",
-        options={
-            "adapter": trained.source.name,
-            "init": initial.source.name,
-            "base": options.base,
-            "dtype": run.dtype,
-        },
-        output=Path(output),
-        inputs=(
-            Input("adapter", trained.source.folder, (trained.source.file,), digest_always=True),
-            Input("init", initial.source.folder, (initial.source.file,), digest_always=True),
-        ),
-        files=(OutputFileSpec(WEIGHTS_FILE, _tensors(pairs, run.output_dtype, is_baked=is_baked), {"format": "pt"}),),
-        side_files=override((json_file(CONFIG_FILE, config),), tokenizer_files(trained.source.folder)),
-        facts={"scaling_baked_in": is_baked, "rank": config["r"], "alpha": config["lora_alpha"]},
-        card=_card(trained, initial, options),
-        warnings=_warnings(pairs, options, run),
-    )
-    return produce(production, run)
+        )
+    if options.weight_by is not None and not options.is_reduced:
+        problems.append(
+            UnsupportedInput(
+                "--weight-by says what a lower rank must keep, and no rank is chosen.",
+                next_step="Give --rank or --energy, too, or leave it out.",
+            )
+        )
+    if options.from_checkpoints is not None:
+        if adapters or initials or options.residual is not None or options.scales:
+            problems.append(
+                UnsupportedInput(
+                    "--from-checkpoints goes with no adapter, --init, --residual or --scale.",
+                    next_step="To combine its result with adapters, convert it first.",
+                )
+            )
+        if not options.is_reduced:
+            problems.append(
+                UnsupportedInput(
+                    "The difference of two checkpoints has full rank.", next_step="Choose one with --rank or --energy."
+                )
+            )
+    elif not adapters:
+        problems.append(UnsupportedInput("There is nothing to convert.", next_step="Give an adapter."))
+    raise_problems(problems)
 
 
-def _check_carried(adapter: Adapter) -> None:
-    """Raises `UnsupportedInput` for what the result could not hold."""
-    other = [
-        change.module_name for change in adapter.modules if not isinstance(change, LoraFactors) or bool(change.kernel)
-    ]
-    if other:
+def _readable_base(options: ToLoraOptions, adapters: Sequence[Path]) -> Checkpoint | None:
+    """The base model, where `--base` is a folder here; else where a block adapter, which needs it, names one."""
+    if options.from_checkpoints is not None:
+        return None
+    if options.base is not None:
+        path = Path(options.base)
+        return read_checkpoint(path) if path.exists() else None
+    for path in adapters:
+        config = path / CONFIG_FILE
+        if config.is_file():
+            from corda_convert.checkpoint.folder import read_json
+
+            read = read_json(config)
+            named = Path(str(read.get("base_model_name_or_path") or ""))
+            if str(read.get("peft_type")).upper() != "LORA" and str(named) != "." and named.is_dir():
+                return read_checkpoint(named)
+    return None
+
+
+def _check_needed(source: LoraSource, options: ToLoraOptions, run: RunOptions) -> None:
+    """Refuses what would change nothing, and dense changes without a rank. Raises `UnsupportedInput`."""
+    dense = [module.key for module in source.modules if module.dense is not None and not module.summands]
+    if dense and not options.is_reduced:
         raise UnsupportedInput(
-            f"{adapter.source.name} changes {some(other)} by DoRA, a convolution's factors, a bias of LoRA or trainable tokens,"
-            " which this version does not convert.",
-            next_step="Merge it into the base with --init instead.",
+            f"The change of {some(dense)} depends on the weight (bat) and has full rank.",
+            next_step="Choose a rank with --rank or --energy.",
+        )
+    is_one = all(len(module.summands) == 1 and module.dense is None for module in source.modules)
+    is_lora = str(source.config.get("peft_type")).upper() == "LORA"
+    asked = (
+        options.is_reduced or options.uniform or run.dtype is not None or any(scale != 1 for scale in options.scales)
+    )
+    if is_one and is_lora and not asked and len(source.options.get("adapters", ())) == 1:
+        raise UnsupportedInput(
+            f"{source.options['adapters'][0]} is an ordinary LoRA already.",
+            why="Neither --init nor a rank is given, so there is nothing to convert.",
+            next_step="Give its initial adapter with --init if it was trained beside a residual; --rank, --energy, --uniform, "
+            "--scale or --dtype to change it.",
         )
 
 
-def _tensors(pairs: Adapter, dtype: str | None, *, is_baked: bool) -> tuple[Produced, ...]:
+@dataclass(frozen=True, slots=True)
+class _Ranks:
+    """Of one module: the rank that is computed, and the one that is stored, with zeros."""
+
+    computed: int
+    stored: int
+
+
+def _production(source: LoraSource, options: ToLoraOptions, run: RunOptions, output: Path) -> Production:
+    matrices = None if options.weight_by is None else read_covariances(Path(options.weight_by))
+    weights = _covariances(source, matrices)
+    ranks = _ranks(source, options, weights, resolve_device(run.device))
+    is_baked = not (
+        source.keeps_scaling
+        and all(
+            ranks[module.key].stored == module.rank == 2 * module.summands[0].rank and module.dense is None
+            for module in source.modules
+        )
+    )
+    base = options.base or source.base
+    if is_baked:
+        patterned = {module.pattern_name: ranks[module.key].stored for module in source.modules}
+        config = baked_config(source.config, patterned, base)
+    else:
+        config = doubled_config(source.config, read_scaling(dict(source.config)), base)
+    tensors = _tensors(source, ranks, weights, run.output_dtype, is_baked=is_baked)
+    inputs = source.inputs
+    if matrices is not None:
+        inputs = (*inputs, Input("covariances", matrices.path, matrices.files))
+    return Production(
+        command="to-lora",
+        options=_options(source, options, run),
+        output=output,
+        inputs=inputs,
+        files=(OutputFileSpec(WEIGHTS_FILE, tensors, {"format": "pt"}),),
+        side_files=override((json_file(CONFIG_FILE, config),), source.side_files),
+        facts={
+            "scaling_baked_in": is_baked,
+            "rank": config["r"],
+            "alpha": config["lora_alpha"],
+            "ranks": sorted({each.stored for each in ranks.values()}),
+            **source.facts,
+        },
+        card=_card(source, base),
+        warnings=(*_warnings(source, base, run), *source.warnings),
+    )
+
+
+def _options(source: LoraSource, options: ToLoraOptions, run: RunOptions) -> dict[str, Any]:
+    return {
+        **source.options,
+        "base": options.base,
+        "rank": options.rank,
+        "energy": options.energy,
+        "weight_by": None if options.weight_by is None else Path(options.weight_by).name,
+        "uniform": options.uniform,
+        "as_is": options.as_is,
+        "dtype": run.dtype,
+    }
+
+
+def _covariances(source: LoraSource, matrices: Covariances | None) -> Mapping[str, TensorRef]:
+    """The covariance of each module's inputs, by the module's key. Raises every problem together."""
+    if matrices is None:
+        return {}
+    found = {module.key: matrices.find(module.pattern_name) for module in source.modules}
+    missing = [key for key, ref in found.items() if ref is None]
+    problems: list[CordaConvertError] = []
+    if missing:
+        problems.append(
+            CovarianceMismatch(
+                f"No covariance for {len(missing)} of {len(found)} modules: {some(missing)}.",
+                why="The covariances are of another model, or were collected for other targets.",
+                next_step="Collect them too, or leave out --weight-by.",
+            )
+        )
+    for module in source.modules:
+        ref, d_in = found[module.key], module.shape[1]
+        if ref is not None and ref.shape != (d_in, d_in):
+            problems.append(
+                CovarianceMismatch(
+                    f"The covariance of {module.key} is {ref.shape}; the layer has {d_in} inputs.",
+                    why="The covariances are of another model.",
+                )
+            )
+    raise_problems(problems)
+    return {key: ref for key, ref in found.items() if ref is not None}
+
+
+def _ranks(
+    source: LoraSource, options: ToLoraOptions, weights: Mapping[str, TensorRef], device: torch.device
+) -> dict[str, _Ranks]:
+    """The rank of each module, by its key. With `--energy` the inputs are read for it."""
+    chosen = {module.key: _rank(module, options, weights.get(module.key), device) for module in source.modules}
+    together: dict[str, int] = {}
+    for module in source.modules:  # those of one pattern have one rank in PEFT
+        together[module.pattern_name] = max(together.get(module.pattern_name, 0), chosen[module.key])
+    if options.uniform:
+        together = dict.fromkeys(together, max(together.values()))
+        if options.rank is not None and options.energy is None:
+            together = dict.fromkeys(together, options.rank)
+    return {module.key: _stored_as(module, together[module.pattern_name]) for module in source.modules}
+
+
+def _stored_as(module: LoraModule, rank: int) -> _Ranks:
+    """What is computed of a module that has that rank in the result."""
+    most = _most(module)
+    return _Ranks(most if rank >= most else min(rank, *module.shape), rank)
+
+
+def _most(module: LoraModule) -> int:
+    """The largest rank that makes sense: that of the exact factors, or of the matrix."""
+    return module.rank if module.summands else min(module.shape)
+
+
+def _rank(module: LoraModule, options: ToLoraOptions, weight: TensorRef | None, device: torch.device) -> int:
+    most = _most(module)
+    if options.rank is not None and options.rank < most:
+        most = min(options.rank, *module.shape)
+    if options.energy is None:
+        return most
+    return energy_rank_of(module, options.energy, weight, min(most, *module.shape), device)
+
+
+def _tensors(
+    source: LoraSource,
+    ranks: Mapping[str, _Ranks],
+    weights: Mapping[str, TensorRef],
+    dtype: str | None,
+    *,
+    is_baked: bool,
+) -> tuple[Produced, ...]:
     tensors: list[Produced] = []
-    for factors in pairs.modules:
-        if not isinstance(factors, LoraFactors) or factors.initial_lora_A is None or factors.initial_lora_B is None:
-            raise TypeError(f"{factors.module_name} has no initial factors")
-        scale = factors.scaling if is_baked else 1.0
-        ends = ("lora_embedding_A", "lora_embedding_B") if factors.is_embedding else ("lora_A.weight", "lora_B.weight")
-        r, d_in = factors.lora_A.shape
-        d_out = factors.lora_B.shape[0]
-        stored = output_dtype(_exact_dtype(factors, is_baked=is_baked), dtype)
-        joins = (
-            ((2 * r, d_in), 0, (Part(factors.lora_A, 1.0), Part(factors.initial_lora_A, 1.0))),
-            ((d_out, 2 * r), 1, (Part(factors.lora_B, scale), Part(factors.initial_lora_B, -scale))),
-        )
-        for end, (shape, dim, parts) in zip(ends, joins, strict=True):
-            spec = TensorSpec(f"{PEFT_PREFIX}{factors.module_name}.{end}", stored, shape)
-            tensors.append(Produced(spec, JoinTransform(parts, dim, spec)))
-    for name, ref in _replacement_keys(pairs).items():
-        target = output_dtype(ref.spec.dtype, dtype)
-        spec = TensorSpec(name, target, ref.shape)
-        tensors.append(Produced(spec, CastTransform(ref, target, action="carried")))
-    return tuple(tensors)
+    for module in source.modules:
+        rank = ranks[module.key]
+        names = [f"{PEFT_PREFIX}{name}" for name in module.names]
+        shapes = module.shapes(rank.stored)
+        if module.dense is None and rank.computed >= module.rank:
+            tensors += _joined(module, names, shapes, dtype, is_baked=is_baked)
+            continue
+        stored = output_dtype("F64" if "F64" in _dtypes(module) else "F32", dtype)
+        specs = [TensorSpec(name, stored, shape) for name, shape in zip(names, shapes, strict=True)]
+        transform = ReduceTransform(module, rank.computed, specs[0], specs[1], weights.get(module.key))
+        tensors += [Produced(spec, transform) for spec in specs]
+    return (*tensors, *(_carry(carried, dtype, is_baked=is_baked) for carried in source.carried))
 
 
-def _exact_dtype(factors: LoraFactors, *, is_baked: bool) -> str:
-    """The dtype that holds all four factors as they are: rounding A₀ or B₀ would leave a part of `s·B₀A₀` in the result.
+def _joined(
+    module: LoraModule,
+    names: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    dtype: str | None,
+    *,
+    is_baked: bool,
+) -> list[Produced]:
+    """The factors as they are, side by side."""
+    scaling = module.scaling if is_baked else 1.0
+    stored = output_dtype(_exact_dtype(module, scaling), dtype)
+    rights = tuple(Part(summand.lora_A, 1.0) for summand in module.summands)
+    lefts = tuple(Part(summand.lora_B, summand.factor * scaling) for summand in module.summands)
+    specs = [TensorSpec(name, stored, shape) for name, shape in zip(names, shapes, strict=True)]
+    return [
+        Produced(spec, JoinTransform(parts, dim, spec))
+        for dim, (parts, spec) in enumerate(zip((rights, lefts), specs, strict=True))
+    ]
 
-    A baked-in scaling is not exact in 16 bits.
+
+def _dtypes(module: LoraModule) -> set[str]:
+    refs = [ref for summand in module.summands for ref in (summand.lora_A, summand.lora_B)]
+    refs += [] if module.dense is None else list(module.dense.operands.values())
+    return {ref.spec.dtype for ref in refs}
+
+
+def _exact_dtype(module: LoraModule, scaling: float) -> str:
+    """The dtype that holds all the factors as they are: rounding A₀ or B₀ would leave a part of `s·B₀A₀` in the result.
+
+    A scaling that is no power of two is not exact in 16 bits.
     """
-    dtypes = {ref.spec.dtype for ref in factors.tensors().values()} | ({"F32"} if is_baked else set())
+    is_exact = all(abs(frexp(summand.factor * scaling)[0]) == 0.5 for summand in module.summands)
+    dtypes = _dtypes(module) | (set() if is_exact else {"F32"})
     if "F64" in dtypes:
         return "F64"
     return dtypes.pop() if len(dtypes) == 1 else "F32"
 
 
-def _warnings(pairs: Adapter, options: ToLoraOptions, run: RunOptions) -> tuple[str, ...]:
+def _carry(carried: Carried, dtype: str | None, *, is_baked: bool) -> Produced:
+    """A tensor that goes along: cast, or times the scaling that the config does not have any more."""
+    ref = carried.ref
+    if is_baked and carried.factor != 1.0:
+        spec = TensorSpec(carried.name, output_dtype("F64" if ref.spec.dtype == "F64" else "F32", dtype), ref.shape)
+        column = ref.reshaped((ref.spec.elements, 1))
+        return Produced(spec, JoinTransform((Part(column, carried.factor),), 0, spec, action="carried"))
+    target = output_dtype(ref.spec.dtype, dtype)
+    return Produced(TensorSpec(carried.name, target, ref.shape), CastTransform(ref, target, action="carried"))
+
+
+def _warnings(source: LoraSource, base: str | None, run: RunOptions) -> tuple[str, ...]:
     warnings = []
-    if not options.base:
+    if not base:
         warnings.append("The new adapter names no base model. Give its name with --base, for tools that look it up.")
-    wanted = run.output_dtype
-    factors = [factors for factors in pairs.modules if isinstance(factors, LoraFactors)]
-    wide = {ref.spec.dtype for each in factors for ref in each.tensors().values()} & {"F32", "F64"}
-    if wanted in ("BF16", "F16") and wide:
+    joined = [module for module in source.modules if any(summand.factor < 0 for summand in module.summands)]
+    wide = {dtype for module in joined for dtype in _dtypes(module)} & {"F32", "F64"}
+    if run.output_dtype in ("BF16", "F16") and wide:
         warnings.append(
             f"The factors are rounded to {run.dtype}. B·A and B₀·A₀ nearly cancel, so their difference, all that was "
             "learned, loses more than that dtype's own precision. Without --dtype nothing is lost."
@@ -153,48 +394,17 @@ def _warnings(pairs: Adapter, options: ToLoraOptions, run: RunOptions) -> tuple[
     return tuple(warnings)
 
 
-def _replacement_keys(adapter: Adapter) -> dict[str, TensorRef]:
-    """modules_to_save, saved embeddings and trained biases, under the names that the adapter's file gives them."""
-    return {ref.name: ref for ref in (*adapter.replacements.values(), *adapter.bases.values())}
-
-
-def converted_config(config: Mapping[str, Any], scaling: LoraScaling, *, is_baked: bool) -> dict[str, Any]:
-    """The adapter's config for the converted factors, so that PEFT computes the same scaling from twice the rank."""
-    rank_pattern = {key: 2 * rank for key, rank in scaling.rank_pattern.items()}
-    changed = dict(config) | {
-        "r": 2 * scaling.rank,
-        "rank_pattern": rank_pattern,
-        "init_lora_weights": True,
-        "corda_config": None,
-        "inference_mode": True,
-    }
-    if is_baked:
-        patterned = {key: _plain(rank) for key, rank in rank_pattern.items()}
-        return changed | {"use_rslora": False, "lora_alpha": 2 * scaling.rank, "alpha_pattern": patterned}
-    factor = math.sqrt(2) if scaling.use_rslora else 2
-    return changed | {
-        "lora_alpha": _plain(factor * scaling.alpha),
-        "alpha_pattern": {key: _plain(factor * alpha) for key, alpha in scaling.alpha_pattern.items()},
-    }
-
-
-def _plain(value: float) -> float:
-    return int(value) if float(value).is_integer() else value
-
-
-def _card(trained: Adapter, initial: Adapter, options: ToLoraOptions) -> Card:
-    base = json.dumps(options.base or "BASE_MODEL", ensure_ascii=False)
+def _card(source: LoraSource, base: str | None) -> Card:
+    named = Path(base).name if base and Path(base).is_absolute() else base
+    quoted = json.dumps(named or "BASE_MODEL", ensure_ascii=False)
     return Card(
-        what=(
-            f"An ordinary LoRA for the unmodified base model, converted from `{trained.source.name}`, which was trained "
-            f"beside a residual, and its initial factors `{initial.source.name}`."
-        ),
-        base_model=options.base or "",
+        what=source.what,
+        base_model=named or "",
         relation="adapter",
         library_name="peft",
-        tags=("lora",),
+        tags=source.tags,
         snippet=(
             "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-            f'base = AutoModelForCausalLM.from_pretrained({base})\nmodel = PeftModel.from_pretrained(base, "{{repo}}")'
+            f'base = AutoModelForCausalLM.from_pretrained({quoted})\nmodel = PeftModel.from_pretrained(base, "{{repo}}")'
         ),
     )

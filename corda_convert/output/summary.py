@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from math import fsum, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,12 @@ def _headline(receipt: Mapping[str, Any], *, done: bool = True) -> str:
         size_of = f"rank {options['rank']}" if budget is None else f"{budget:,} parameters"
         how = f"{options['method']}, {options['mode']}, {size_of}"
         return f"{'Decomposed' if done else 'decompose'} {options['model']} ({how})"
-    return f"{'Converted' if done else 'convert'} {options['adapter']} with {options['init']} to LoRA"
+    if options.get("from_checkpoints"):
+        before, after = options["from_checkpoints"]
+        return f"{'Extracted' if done else 'extract'} a LoRA from {after} − {before}"
+    beside = [*options["init"], *([options["residual"]] if options["residual"] else [])]
+    text = f"{'Converted' if done else 'convert'} {_list(options['adapters'])}"
+    return text + (f" with {_list(beside)}" if beside else "") + " to LoRA"
 
 
 def _details(receipt: Mapping[str, Any]) -> list[str]:
@@ -115,7 +121,11 @@ def _details(receipt: Mapping[str, Any]) -> list[str]:
     )
     if receipt["command"] == "to-lora":
         baked = ", scaling baked into lora_B" if receipt["scaling_baked_in"] else ""
-        lines.append(f"  LoRA     rank {receipt['rank']}, alpha {receipt['alpha']:g}{baked}")
+        ranks = _list(receipt["ranks"]) if len(receipt["ranks"]) > 1 else str(receipt["rank"])
+        lines.append(
+            f"  LoRA     rank {ranks}, alpha {'the rank' if ',' in ranks else format(receipt['alpha'], 'g')}{baked}"
+        )
+        lines += _reduction(receipt.get("tensors", ()))
     summary = receipt.get("summary", {})
     if summary.get("weight_norm"):
         text = f"  change   ‖ΔW‖/‖W‖ {summary['delta_norm'] / summary['weight_norm']:.2e}"
@@ -171,6 +181,35 @@ def _decomposition(layers: Sequence[Mapping[str, Any]], method: str) -> list[str
         named = [f"{layer['module']} ({' → '.join((*layer['fallback_from'], layer['solver']))})" for layer in fallen]
         lines.append(f"  fallback {_list(named)}")
     doubtful = [layer["module"] for layer in layers if not layer["certificate"]["holds"]]
+    if doubtful:
+        lines.append(f"  doubtful {_list(doubtful)}: the certificate does not hold")
+    return lines
+
+
+def _reduction(tensors: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What a lower rank lost, and what the rounding of a residual did."""
+    reduced = [entry for entry in tensors if "relative_error" in entry]
+    if not reduced:
+        return []
+    total = sqrt(fsum(entry["delta_norm"] ** 2 for entry in reduced))
+    error = sqrt(fsum(entry["error"] ** 2 for entry in reduced))
+    worst = max(reduced, key=lambda entry: float(entry["relative_error"]))
+    lines = [
+        f"  error    ‖ΔW − BA‖/‖ΔW‖ {error / total if total else 0.0:.2e}; most {worst['relative_error']:.2e}, of "
+        f"{worst['module']}"
+    ]
+    weighted = [entry for entry in reduced if "relative_output_error" in entry]
+    if weighted:
+        worst = max(weighted, key=lambda entry: float(entry["relative_output_error"]))
+        lines.append(f"  outputs  ‖(ΔW − BA) C^½‖ at most {worst['relative_output_error']:.2e}, of {worst['module']}")
+    recovered = [entry["recovered"] for entry in reduced if "recovered" in entry]
+    if recovered:
+        lost = sqrt(fsum(each["error"] ** 2 for each in recovered))
+        lines.append(
+            f"  residual its rounding is {lost:.2e}, {_percent(lost / total if total else 0.0)} of ‖ΔW‖: s·B₀A₀ was taken "
+            "from the difference of two models"
+        )
+    doubtful = [entry["module"] for entry in reduced if not entry.get("certificate", {}).get("holds", True)]
     if doubtful:
         lines.append(f"  doubtful {_list(doubtful)}: the certificate does not hold")
     return lines

@@ -1,0 +1,486 @@
+"""Adapters as sums of factors: trained ones with the factors that they began with, several together, blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from corda_convert.adapters import read_adapter
+from corda_convert.adapters.bias import LoraBias
+from corda_convert.adapters.factors import Adapter, ParameterChange
+from corda_convert.adapters.initial import with_initial
+from corda_convert.adapters.lora import LoraFactors, read_scaling
+from corda_convert.adapters.miss import BlockFactors
+from corda_convert.adapters.source import PEFT_PREFIX, strip_key
+from corda_convert.adapters.tokens import TokenRows
+from corda_convert.checkpoint.comparison import same_values
+from corda_convert.checkpoint.folder import Checkpoint
+from corda_convert.checkpoint.names import NameMap
+from corda_convert.errors import AdapterMismatch, CordaConvertError, UnsupportedInput, raise_problems, some
+from corda_convert.operations import evidence
+from corda_convert.operations.belonging import Part, fit_all, matrices, structure_for
+from corda_convert.operations.edits import Applied, Fitted
+from corda_convert.operations.initial_config import target_modules
+from corda_convert.operations.initials import assign
+from corda_convert.operations.lora_blocks import BatChange, block_module
+from corda_convert.operations.lora_dense import Difference
+from corda_convert.operations.lora_modules import Carried, LoraModule, LoraSource, Summand
+from corda_convert.operations.production import Input
+from corda_convert.operations.residual import Residual, read_residual
+from corda_convert.operations.several import scaled
+from corda_convert.operations.shares import repeated_shares
+from corda_convert.output.model_card import is_hub_id
+from corda_convert.output.receipt import read_receipt
+from corda_convert.output.side_files import SideFile, override, tokenizer_files
+
+BASE_SHARE = 0.5
+"""The least median cosine between initial factors and the base's own weight: 1 where they were taken from it, chance else."""
+
+_OUT_PROJ = ".base_layer.out_proj"
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What the user gave.
+
+    Attributes:
+        adapters: folders of trained adapters.
+        initials: of their initial adapters.
+        scales: how many times each adapter is taken; once where there are none.
+        base: the base model, where it can be read.
+        residual: the model that the one adapter was trained beside, where its initial adapter is lost.
+        as_is: do not judge by the numbers what belongs together.
+    """
+
+    adapters: Sequence[Path]
+    initials: Sequence[Path] = ()
+    scales: Sequence[float] = ()
+    base: Checkpoint | None = None
+    residual: Path | None = None
+    as_is: bool = False
+
+
+@dataclass(slots=True)
+class _Gathered:
+    """Modules and carried tensors of all adapters, by their names in the result."""
+
+    modules: dict[str, LoraModule] = field(default_factory=dict)
+    carried: dict[str, Carried] = field(default_factory=dict)
+    problems: list[CordaConvertError] = field(default_factory=list)
+
+
+def from_adapters(given: Given) -> LoraSource:
+    """What the adapters add up to on the base. Raises one of our errors, all problems together."""
+    parts, residual = _parts(given)
+    for part in parts:
+        for one in (part.trained, part.initial):
+            if one is not None:
+                _check_kind(one)
+    fitted, names = _fitted(parts, given)
+    if not given.as_is:
+        _check_belonging(parts, fitted, given.base, residual)
+    gathered = _Gathered()
+    for place, part in enumerate(parts):
+        _gather(gathered, part, fitted[place] if fitted else None, given, residual, is_alone=len(parts) == 1)
+    raise_problems(gathered.problems)
+    modules, carried = tuple(gathered.modules.values()), tuple(gathered.carried.values())
+    trained = [part.trained for part in parts]
+    return LoraSource(
+        modules=modules,
+        carried=carried,
+        config=_config(trained, modules, names),
+        inputs=_inputs(parts, given, residual),
+        options=_options(parts, residual),
+        what=_what(parts, residual),
+        side_files=_tokenizers(trained),
+        keeps_scaling=len(parts) == 1 and _keeps_scaling(parts[0]),
+        base=_base_name(parts),
+        warnings=tuple(_warnings(parts)),
+        facts={"adapters": [part.describe() for part in parts]},
+    )
+
+
+def _parts(given: Given) -> tuple[list[Part], Residual | None]:
+    """Each adapter with its initial adapter and its scale; and the residual, where it must stand for that."""
+    trained = [read_adapter(path) for path in given.adapters]
+    applied = scaled(trained, given.scales)
+    initials, residual = list(given.initials), None
+    folders = {one.source.folder.resolve() for one in trained}
+    if any(path.resolve() in folders for path in initials):
+        raise AdapterMismatch("The adapter and --init are the same folder: the result would be zero.")
+    if given.residual is not None:
+        found = _residual(trained, given)
+        if isinstance(found, Residual):
+            residual = found
+        else:
+            initials = [found]
+    for one in trained:
+        _check_kind(one, has_initial=bool(initials))
+    assigned = assign(trained, initials, as_is=given.as_is)
+    return [Part(one.adapter, first, one.scale) for one, first in zip(applied, assigned, strict=True)], residual
+
+
+def _residual(trained: Sequence[Adapter], given: Given) -> Residual | Path:
+    if given.initials:
+        raise UnsupportedInput("--init and --residual tell the same.", next_step="Give --init alone.")
+    if given.base is None:
+        raise UnsupportedInput(
+            "--residual needs the base model, too: what the training began with is their difference.",
+            next_step="Give its folder as --base.",
+        )
+    found = read_residual(given.residual or Path(), given.base)
+    is_one = len(trained) == 1 and trained[0].kind == "lora" and not any(scale != 1 for scale in given.scales)
+    if isinstance(found, Residual) and not is_one:
+        raise UnsupportedInput(
+            "--residual without its initial adapter is for one LoRA adapter, taken once.",
+            next_step="Give the initial adapter of the training with --init.",
+        )
+    return found
+
+
+def _check_kind(adapter: Adapter, *, has_initial: bool = False) -> None:
+    """Raises `UnsupportedInput` for what is no sum of factors."""
+    name = adapter.source.name
+    if has_initial and adapter.kind != "lora":
+        raise UnsupportedInput(
+            f"{name} is a {adapter.kind} adapter; --init is for LoRA adapters trained beside a residual.",
+            next_step="Leave out --init.",
+        )
+    others = [change for change in adapter.modules if not isinstance(change, _CONVERTIBLE)]
+    if not others and any(isinstance(change, LoraFactors | BlockFactors) for change in adapter.modules):
+        return
+    named = some(change.module_name for change in others)
+    if adapter.source.config.get("use_dora"):
+        raise UnsupportedInput(
+            f"{name} is a DoRA: in {named} it sets the norm of every output, which depends on the weight beneath it.",
+            why="On another weight, the base instead of the residual, its factors and norms are another function, and no LoRA "
+            "is it."
+            if has_initial
+            else "No LoRA does what it does.",
+            next_step="Merge it into the base, " + ("with --init." if has_initial else "or serve it as DoRA."),
+        )
+    raise UnsupportedInput(
+        f"{name} adapts {named} by target_parameters or in another way that this version does not convert to LoRA."
+        if others
+        else f"{name} has no factors to convert.",
+        next_step="Merge it into the base instead.",
+    )
+
+
+_CONVERTIBLE = (LoraFactors, BlockFactors, LoraBias, TokenRows)
+
+
+def _fitted(parts: Sequence[Part], given: Given) -> tuple[list[list[Fitted]], NameMap | None]:
+    """Every change with its parameter of the base, where that can be read. Raises `UnsupportedInput` where it must."""
+    blocks = [part.name for part in parts if part.trained.kind != "lora"]
+    if given.base is None:
+        if blocks:
+            raise UnsupportedInput(
+                f"{some(blocks)} holds blocks, and how many inputs its layers have stands in the base model alone.",
+                next_step="Give the base model's folder with --base; for balance and mini only headers are read.",
+            )
+        return [], None
+    applied = [Applied(part.trained, part.scale) for part in parts]
+    names = NameMap(given.base, structure_for(given.base, [one.adapter for one in applied]))
+    return fit_all(applied, names), names
+
+
+def _check_belonging(
+    parts: Sequence[Part], fitted: Sequence[Sequence[Fitted]], base: Checkpoint | None, residual: Residual | None
+) -> None:
+    """Refuses adapters that are not what the options say. Raises every problem together."""
+    problems: list[CordaConvertError] = []
+    for place, part in enumerate(parts):
+        try:
+            _check_part(part, fitted[place] if fitted else (), base, residual)
+        except CordaConvertError as problem:
+            problems.append(problem)
+    raise_problems(problems)
+
+
+def _check_part(part: Part, fitted: Sequence[Fitted], base: Checkpoint | None, residual: Residual | None) -> None:
+    weights = {} if base is None else matrices(fitted, base)
+    if part.initial is not None:
+        if base is not None:
+            evidence.check_base_of_initial(part.initial, weights, base)
+            _check_share(part.initial, repeated_shares(part.initial, weights), base)
+    elif residual is not None:
+        own = {module: (residual.tensor(ref.name), layout) for module, (ref, layout) in weights.items()}
+        evidence.check_residual(part.trained, weights, own, residual.name)
+    elif base is not None:
+        evidence.check_plain(part.trained, weights, base, is_added=part.scale > 0)
+    elif (reason := evidence.residual_reason(part.trained)) is not None:
+        raise AdapterMismatch(
+            f"{part.name} was trained beside a residual: {reason}.",
+            why="On the base, what the residual lacks would be added twice.",
+            next_step="Give its initial adapter (corda_init, or PEFT's CorDA cache_file) with --init, or --base and --residual "
+            "where that is lost. If you know that it belongs on the base as it is, say --as-is.",
+        )
+
+
+def _check_share(initial: Adapter, shares: Sequence[float], base: Checkpoint) -> None:
+    """Refuses a base of which the initial factors are no part. Raises `AdapterMismatch`."""
+    if shares and median(shares) < BASE_SHARE:
+        raise AdapterMismatch(
+            f"{base.name} is not the model that {initial.source.name} was taken from: the initial factors make up "
+            f"{median(shares):.1%} of the weight in their own column space; on the base it is 100 %.",
+            why="The training began on another model.",
+            next_step="Give that as --base. If the initial factors are no projection of the weights (LoRA-GA), say --as-is.",
+        )
+
+
+def _gather(
+    gathered: _Gathered,
+    part: Part,
+    fitted: Sequence[Fitted] | None,
+    given: Given,
+    residual: Residual | None,
+    *,
+    is_alone: bool,
+) -> None:
+    """Adds one adapter to what is there."""
+    adapter = part.trained if part.initial is None else with_initial(part.trained, part.initial)
+    by_name = {each.change.module_name: each for each in fitted or ()}
+    for module in _modules(adapter, part, by_name, given, residual, gathered):
+        own = module if is_alone else _unscaled(module)
+        before = gathered.modules.get(own.key)
+        if before is None:
+            gathered.modules[own.key] = own
+        elif (before.shape, before.kernel, before.is_embedding) != (own.shape, own.kernel, own.is_embedding):
+            gathered.problems.append(
+                AdapterMismatch(f"{own.key} is {before.shape} in one adapter, {own.shape} in {part.name}.")
+            )
+        elif own.dense is not None or before.dense is not None:
+            gathered.problems.append(
+                UnsupportedInput(
+                    f"{part.name}: bat blocks depend on the weight, and are converted alone.",
+                    next_step="Convert the bat adapter first, and then combine the LoRA.",
+                )
+            )
+        else:
+            gathered.modules[own.key] = replace(before, summands=(*before.summands, *own.summands))
+    for carried in _carried(adapter, part, gathered, is_alone=is_alone):
+        before_it = gathered.carried.setdefault(carried.name, carried)
+        if before_it is not carried and not same_values(before_it.ref, carried.ref):
+            gathered.problems.append(
+                AdapterMismatch(
+                    f"Two adapters bring {carried.name} along, and not the same.",
+                    why="A tensor that replaces the model's cannot be added to another.",
+                )
+            )
+
+
+def _unscaled(module: LoraModule) -> LoraModule:
+    """The same with the scaling in each summand, for those of other adapters to join."""
+    own = tuple(replace(summand, factor=summand.factor * module.scaling) for summand in module.summands)
+    return replace(module, summands=own, scaling=1.0)
+
+
+def _modules(
+    adapter: Adapter,
+    part: Part,
+    fitted: Mapping[str, Fitted],
+    given: Given,
+    residual: Residual | None,
+    gathered: _Gathered,
+) -> Iterable[LoraModule]:
+    weights = matrices(list(fitted.values()), given.base) if given.base is not None else {}
+    keys = {_key(change) for change in adapter.modules if isinstance(change, LoraFactors)}
+    seen: set[str] = set()
+    for change in adapter.modules:
+        if isinstance(change, BlockFactors):
+            dense = None
+            if change.depends_on_weight:
+                if change.module_name not in weights or part.scale != 1.0:
+                    gathered.problems.append(_no_weight(change, part, given))
+                    continue
+                dense = BatChange(change.block, *weights[change.module_name])
+            shape = fitted[change.module_name].target.shape
+            yield block_module(change, (shape[0], shape[1]), dense, part.scale)
+        elif isinstance(change, LoraFactors) and _key(change) not in seen:
+            key = _key(change)
+            seen.add(key)
+            outer = key.removesuffix(_OUT_PROJ)
+            summands = [Summand(change.lora_A, change.lora_B, 1.0)]
+            if change.initial_lora_A is not None and change.initial_lora_B is not None:
+                summands.append(Summand(change.initial_lora_A, change.initial_lora_B, -1.0))
+            lost = None
+            if residual is not None:
+                if change.module_name not in weights:
+                    gathered.problems.append(_no_weight(change, part, given))
+                    continue
+                lost = _lost(change, weights, residual, gathered)
+            yield LoraModule(
+                key=key,
+                pattern_name=outer if outer in keys else key,
+                summands=tuple(summands),
+                scaling=change.scaling * part.scale,
+                dense=lost,
+                dense_rank=change.rank if lost is not None else 0,
+                is_embedding=change.is_embedding,
+                kernel=change.kernel,
+            )
+
+
+def _key(change: LoraFactors) -> str:
+    """The module's path in the file's keys, which for the output projection of a MultiheadAttention is not its name."""
+    return strip_key(change.lora_A.name).removesuffix(".lora_A.weight").removesuffix(".lora_embedding_A")
+
+
+def _lost(change: LoraFactors, weights: Mapping[str, Any], residual: Residual, gathered: _Gathered) -> Difference:
+    """`W_res − W`, which is `−s·B₀A₀` up to the residual's rounding."""
+    weight, layout = weights[change.module_name]
+    own = residual.tensor(weight.name)
+    if own.shape != weight.shape:
+        gathered.problems.append(
+            AdapterMismatch(
+                f"{weight.name} is {own.shape} in {residual.name}, {weight.shape} in the base.",
+                why="It is not the residual of this model.",
+            )
+        )
+    return Difference(own, weight, layout)
+
+
+def _no_weight(change: ParameterChange, part: Part, given: Given) -> CordaConvertError:
+    if part.scale != 1.0:
+        return UnsupportedInput(
+            f"{part.name}: bat blocks depend on the weight and cannot be taken {part.scale:g} times."
+        )
+    name = "the base" if given.base is None else given.base.name
+    return UnsupportedInput(
+        f"{change.module_name}: its weight does not lie in {name} as one matrix, from which its change could be computed.",
+        next_step="Merge the adapter instead.",
+    )
+
+
+def _carried(adapter: Adapter, part: Part, gathered: _Gathered, *, is_alone: bool) -> Iterable[Carried]:
+    """modules_to_save, saved embeddings, trained biases, token rows, and LoRA's own biases."""
+    refs = [*adapter.replacements.values(), *adapter.bases.values()]
+    refs += [change.rows for change in adapter.modules if isinstance(change, TokenRows)]
+    for ref in refs:
+        yield Carried(f"{PEFT_PREFIX}{strip_key(ref.name)}", ref)
+    biases = [change for change in adapter.modules if isinstance(change, LoraBias)]
+    if biases and not is_alone:
+        gathered.problems.append(
+            UnsupportedInput(
+                f"{part.name} has biases of LoRA (lora_bias), which are not combined with other adapters.",
+                next_step="Merge the adapters instead.",
+            )
+        )
+    for bias in biases:
+        yield Carried(f"{PEFT_PREFIX}{strip_key(bias.bias.name)}", bias.bias, bias.scaling * part.scale)
+
+
+def _keeps_scaling(part: Part) -> bool:
+    """Whether twice the rank, and alpha in proportion, give the scaling of every module again."""
+    if part.initial is None or part.scale != 1.0 or part.trained.kind != "lora":
+        return False
+    scaling = read_scaling(part.trained.source.config)
+    return not (scaling.use_rslora and bool(scaling.rank_pattern or scaling.alpha_pattern))
+
+
+def _config(trained: Sequence[Adapter], modules: Sequence[LoraModule], names: NameMap | None) -> dict[str, Any]:
+    """The config of the one adapter; of several, the first LoRA's with what all of them adapt and bring along."""
+    configs = [one.source.config for one in trained]
+    if len(configs) == 1:
+        return dict(configs[0])
+    first = dict(next((config for config in configs if config.get("peft_type") == "LORA"), configs[0]))
+    saved = sorted({name for config in configs for name in config.get("modules_to_save") or ()})
+    biases = {str(config.get("bias", "none")) for config in configs} - {"none"}
+    tokens = [value for config in configs if (value := config.get("trainable_token_indices"))]
+    return first | {
+        "target_modules": _targets(configs, modules, names),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "modules_to_save": saved or None,
+        "bias": "none" if not biases else biases.pop() if len(biases) == 1 else "all",
+        "trainable_token_indices": tokens[0] if tokens else None,
+    }
+
+
+def _targets(
+    configs: Sequence[Mapping[str, Any]], modules: Sequence[LoraModule], names: NameMap | None
+) -> list[str] | str:
+    """What selects exactly the modules in PEFT: what all configs say, else names that the model's class tells, else paths."""
+    selections = [tuple(config.get(key) or () for key in _SELECTING) for config in configs]
+    if all(selection == selections[0] for selection in selections) and configs[0].get("target_modules"):
+        targets = configs[0]["target_modules"]
+        if not any(selections[0][1:]):
+            return targets if isinstance(targets, str) else list(targets)
+    paths = sorted({module.pattern_name for module in modules})
+    if names is not None and names.structure is not None:
+        return target_modules(names.structure, paths)
+    return paths
+
+
+_SELECTING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+def _inputs(parts: Sequence[Part], given: Given, residual: Residual | None) -> tuple[Input, ...]:
+    inputs: dict[Path, Input] = {}
+    sources = [("adapter", part.trained) for part in parts]
+    sources += [("init", part.initial) for part in parts if part.initial is not None]
+    for role, adapter in sources:
+        source = adapter.source
+        inputs.setdefault(source.folder, Input(role, source.folder, (source.file,), digest_always=True))
+    if given.base is not None:
+        inputs[given.base.root] = Input("base", given.base.root, given.base.shards)
+    if residual is not None:
+        inputs[residual.checkpoint.root] = Input("residual", residual.checkpoint.root, residual.checkpoint.shards)
+    return tuple(inputs.values())
+
+
+def _options(parts: Sequence[Part], residual: Residual | None) -> dict[str, Any]:
+    initials = dict.fromkeys(part.initial.source.name for part in parts if part.initial is not None)
+    return {
+        "adapters": [part.name for part in parts],
+        "scales": [part.scale for part in parts] if any(part.scale != 1.0 for part in parts) else [],
+        "init": list(initials),
+        "residual": None if residual is None else residual.name,
+    }
+
+
+def _what(parts: Sequence[Part], residual: Residual | None) -> str:
+    named = []
+    for part in parts:
+        text = f"`{part.name}`" + (f" (× {part.scale:g})" if part.scale != 1.0 else "")
+        if part.initial is not None:
+            text += f", which was trained beside a residual, and its initial factors `{part.initial.source.name}`"
+        elif residual is not None:
+            text += f", which was trained beside the residual `{residual.name}`"
+        elif part.trained.kind != "lora":
+            text += f" ({part.trained.kind})"
+        named.append(text)
+    return f"An ordinary LoRA for the unmodified base model, converted from {'; and '.join(named)}."
+
+
+def _tokenizers(trained: Sequence[Adapter]) -> tuple[SideFile, ...]:
+    """Those of the first adapter win."""
+    files: tuple[SideFile, ...] = ()
+    for one in reversed(trained):
+        files = override(files, tokenizer_files(one.source.folder))
+    return files
+
+
+def _base_name(parts: Sequence[Part]) -> str | None:
+    """The base's name, as far as the adapters tell: their own base, or that of the residual's receipt."""
+    for part in parts:
+        if part.initial is None:
+            if part.trained.source.base_name and evidence.residual_reason(part.trained) is None:
+                return part.trained.source.base_name
+            continue
+        receipt = read_receipt(part.initial.source.folder.parent) or {}
+        model = str((receipt.get("options") or {}).get("model") or "")
+        if receipt.get("command") == "decompose" and is_hub_id(model):
+            return model
+    return None
+
+
+def _warnings(parts: Sequence[Part]) -> Iterable[str]:
+    names = {part.trained.source.base_name for part in parts if part.initial is None} - {""}
+    if len(names) > 1:
+        yield f"The adapters name different base models: {', '.join(sorted(names))}. Their sum belongs on one of them at most."
