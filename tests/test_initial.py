@@ -240,16 +240,19 @@ def test_factors_of_a_weight_that_peft_makes_none_from_are_asked_for(
         )
 
 
-def test_initial_factors_of_parameters_are_refused(refusal: Refusal, tmp_path: Path) -> None:
+def test_initial_factors_of_parameters_are_taken_out(tmp_path: Path) -> None:
     modules = {name: LINEARS[name] for name in (UP, UP.replace("up_proj", "gate_proj"))}
     config = {"target_modules": ["up_proj"], "target_parameters": ["gate_proj.weight"], "peft_version": "0.21.2"}
     adapter = write_lora(tmp_path / "adapter", modules, **config)
     model = write_checkpoint(tmp_path / "model")
-    assert refusal("merge", model, "--adapter", adapter, "--init", adapter) == (
-        "adapter adapts model.layers.1.mlp.gate_proj.weight by target_parameters; initial factors are taken out of modules "
-        "only.\n"
-        "Merge it into the residual that it was trained beside."
-    )
+    merge(model, adapter=adapter, output=tmp_path / "out", options=MergeOptions(init=adapter, as_is=True))
+    base, merged = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "out"))
+    assert all(torch.equal(merged[name], tensor) for name, tensor in base.items())
+    merge(model, adapter=adapter, output=tmp_path / "plain", options=MergeOptions(as_is=True))
+    added = load_file(tmp_path / "plain" / "model.safetensors")
+    assert {name for name, tensor in base.items() if not torch.equal(added[name], tensor)} == {
+        f"{name}.weight" for name in modules
+    }
 
 
 @pytest.mark.parametrize("method", ["pissa_niter_4", "corda", "lora_ga"])

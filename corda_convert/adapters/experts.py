@@ -6,6 +6,7 @@ wrapper, so that the parameter's name follows from the config and the model.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ class ParameterFactors(UsualChange):
         columns: what reads `lora_B` expert by expert.
         parameter: its name in the module, where the model has told it.
         experts: E, where the model has told it.
+        initial: the factors that its training began with, where these are to be taken out.
     """
 
     module: str
@@ -56,6 +58,7 @@ class ParameterFactors(UsualChange):
     columns: HeldColumns
     parameter: str | None = None
     experts: int = 1
+    initial: ParameterFactors | None = None
 
     @property
     def module_name(self) -> str:
@@ -74,6 +77,15 @@ class ParameterFactors(UsualChange):
     def rank(self) -> int:
         """That of each expert."""
         return self.scalings.rank_of(self.module_name)
+
+    @property
+    def scaling(self) -> float:
+        return self.scalings.scaling_of(self.module_name)
+
+    @property
+    def key(self) -> str:
+        """The path of its wrapper, which is its own among all adapters of these parameters."""
+        return self.module + self.depth * _WRAPPER
 
     def parameters(self, known: Sequence[str]) -> tuple[str, ...]:
         if not known:
@@ -100,7 +112,18 @@ class ParameterFactors(UsualChange):
         if target.kind is None:
             return self  # which parameter it is, only the model's class can tell
         experts = target.shape[0] if target.is_stack else 1
-        return replace(self, parameter=target.name.rpartition(".")[2], experts=experts)
+        own = replace(self, parameter=target.name.rpartition(".")[2], experts=experts)
+        return own if self.initial is None else own._with_initial(self.initial.for_target(target))
+
+    def _with_initial(self, initial: ParameterFactors) -> ParameterFactors:
+        scalings = self.scaling, initial.scaling
+        if not math.isclose(*scalings, rel_tol=1e-9):
+            raise AdapterMismatch(
+                f"{self.module_name}: the adapter scales by {scalings[0]:g}, the initial adapter by {scalings[1]:g}; they must "
+                "agree.",
+                next_step="Compare r, lora_alpha, use_rslora and the patterns of both configs.",
+            )
+        return replace(self, initial=initial)
 
     def fit(self, target: Target) -> Layout:
         if target.kind is None:
@@ -162,13 +185,16 @@ class ParameterFactors(UsualChange):
         expert, rank = block.expert or 0, self.rank
         A = self.lora_A.rows(expert * rank, (expert + 1) * rank)
         B = self.columns.of(self.lora_B, self.experts).rows(expert, expert + 1)
-        scaling = self.scalings.scaling_of(self.module_name)
-        return LoraFactors(self.module_name, A, B.reshaped((self.lora_B.shape[0], rank)), scaling)
+        own = LoraFactors(self.module_name, A, B.reshaped((self.lora_B.shape[0], rank)), self.scaling)
+        if self.initial is None:
+            return own
+        first = self.initial._of_expert(block)
+        return replace(own, initial_lora_A=first.lora_A, initial_lora_B=first.lora_B)
 
     def describe(self) -> dict[str, object]:
         if self._own_name is None:
             return {"kind": "lora_parameter"}
-        return {"kind": "lora_parameter", "rank": self.rank, "scaling": self.scalings.scaling_of(self.module_name)}
+        return {"kind": "lora_parameter", "rank": self.rank, "scaling": self.scaling}
 
 
 def _release(version: object) -> tuple[int, ...] | None:

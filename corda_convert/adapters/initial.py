@@ -15,6 +15,8 @@ from corda_convert.adapters.lora import LoraFactors
 from corda_convert.adapters.rwkv import read_rwkv_initial
 from corda_convert.errors import AdapterMismatch, CordaConvertError, UnsupportedInput, raise_problems, some
 
+_Factors = LoraFactors | ParameterFactors
+
 
 def read_initial(path: Path, adapter: Adapter) -> Adapter:
     """The initial adapter in a folder, or in a file: PEFT's CorDA cache, or for a file of RWKV-PEFT its PiSSA's.
@@ -28,11 +30,11 @@ def read_initial(path: Path, adapter: Adapter) -> Adapter:
     return read_adapter(path)
 
 
-def with_initial(adapter: Adapter, initial: Adapter) -> Adapter:
+def with_initial(adapter: Adapter, initial: Adapter, *, takes_parameters: bool = False) -> Adapter:
     """The adapter with the initial factors of each module, for `s·(BA − B₀A₀)`.
 
     Raises `AdapterMismatch` unless both have the same modules, shapes and scaling; `UnsupportedInput` for factors of
-    parameters.
+    parameters, unless they are taken.
     """
     for one in (adapter, initial):
         if one.kind != "lora":
@@ -41,13 +43,13 @@ def with_initial(adapter: Adapter, initial: Adapter) -> Adapter:
                 next_step="Leave out --init.",
             )
         parameters = [change.module_name for change in one.modules if isinstance(change, ParameterFactors)]
-        if parameters:
+        if parameters and not takes_parameters:
             raise UnsupportedInput(
                 f"{one.source.name} adapts {some(parameters)} by target_parameters; initial factors are taken out of modules "
                 "only.",
                 next_step="Merge it into the residual that it was trained beside.",
             )
-    before, after = ({each.module_name: each for each in lora_factors(one.modules)} for one in (initial, adapter))
+    before, after = ({_key(each): each for each in _factors(one)} for one in (initial, adapter))
     if before.keys() != after.keys():
         odd = sorted(before.keys() ^ after.keys())
         raise AdapterMismatch(
@@ -61,8 +63,16 @@ def with_initial(adapter: Adapter, initial: Adapter) -> Adapter:
     return replace(adapter, initialization="plain", modules=tuple(_joined(each, before) for each in adapter.modules))
 
 
-def _problem(factors: LoraFactors, initial: LoraFactors) -> CordaConvertError | None:
-    name = factors.module_name
+def _factors(adapter: Adapter) -> list[_Factors]:
+    return [*lora_factors(adapter.modules), *(each for each in adapter.modules if isinstance(each, ParameterFactors))]
+
+
+def _key(factors: _Factors) -> str:
+    return factors.key if isinstance(factors, ParameterFactors) else factors.module_name
+
+
+def _problem(factors: _Factors, initial: _Factors) -> CordaConvertError | None:
+    name = _key(factors)
     shapes = (factors.lora_A.shape, factors.lora_B.shape)
     initial_shapes = (initial.lora_A.shape, initial.lora_B.shape)
     if shapes != initial_shapes:
@@ -70,6 +80,8 @@ def _problem(factors: LoraFactors, initial: LoraFactors) -> CordaConvertError | 
             f"{name}: the adapter has lora_A {shapes[0]}, lora_B {shapes[1]}, the "
             f"initial adapter {initial_shapes[0]}, {initial_shapes[1]}."
         )
+    if isinstance(factors, ParameterFactors):
+        return None  # their scaling depends on which parameter it is, which only the model tells
     if not math.isclose(factors.scaling, initial.scaling, rel_tol=1e-9):
         return AdapterMismatch(
             f"{name}: the adapter scales by {factors.scaling:g}, the initial adapter by {initial.scaling:g}; they must agree.",
@@ -78,12 +90,15 @@ def _problem(factors: LoraFactors, initial: LoraFactors) -> CordaConvertError | 
     return None
 
 
-def _joined(change: ParameterChange, initial: dict[str, LoraFactors]) -> ParameterChange:
+def _joined(change: ParameterChange, initial: dict[str, _Factors]) -> ParameterChange:
+    if isinstance(change, ParameterFactors):
+        first = initial[change.key]
+        return replace(change, initial=first) if isinstance(first, ParameterFactors) else change
     if isinstance(change, DoraFactors):
         return replace(change, lora=_with_factors(change.lora, initial))
     return _with_factors(change, initial) if isinstance(change, LoraFactors) else change
 
 
-def _with_factors(factors: LoraFactors, initial: dict[str, LoraFactors]) -> LoraFactors:
+def _with_factors(factors: LoraFactors, initial: dict[str, _Factors]) -> LoraFactors:
     first = initial[factors.module_name]
     return replace(factors, initial_lora_A=first.lora_A, initial_lora_B=first.lora_B)

@@ -118,6 +118,10 @@ class ModelStructure:
             and f"{module}.weight" in on_disk
         )
 
+    def expert_stacks(self) -> tuple[str, ...]:
+        """The parameters that hold a matrix for each of several experts, in the order of their registration."""
+        return tuple(name for name, found in self.parameters.items() if found.is_stack and min(found.shape) > 1)
+
     def rename(self, name: str) -> str:
         """A parameter's older or disk name as the model renames it on loading; nothing is fused or split.
 

@@ -40,7 +40,9 @@ class Part:
         return self.trained.source.name
 
     def applied(self) -> Applied:
-        adapter = self.trained if self.initial is None else with_initial(self.trained, self.initial)
+        adapter = (
+            self.trained if self.initial is None else with_initial(self.trained, self.initial, takes_parameters=True)
+        )
         return Applied(adapter, self.scale)
 
     def describe(self) -> dict[str, Any]:

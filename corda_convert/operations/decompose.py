@@ -12,7 +12,7 @@ from corda_convert.checkpoint.covariances import Covariances, at_run_time, read_
 from corda_convert.checkpoint.folder import INITIAL_ADAPTER_FOLDER, Checkpoint, read_checkpoint
 from corda_convert.checkpoint.names import NameMap
 from corda_convert.checkpoint.structure import read_structure
-from corda_convert.errors import CordaConvertError, raise_problems, some
+from corda_convert.errors import CordaConvertError, UnsupportedInput, raise_problems, some
 from corda_convert.operations.contexts import ContextMethod, SharedContexts
 from corda_convert.operations.decompose_options import (
     DecomposeOptions,
@@ -23,11 +23,22 @@ from corda_convert.operations.decompose_options import (
 )
 from corda_convert.operations.decompose_output import plan_writing
 from corda_convert.operations.decomposition import DecomposeTransform, Names
+from corda_convert.operations.experts_targets import (
+    StackTarget,
+    by_module,
+    expert_transform,
+    expert_uses,
+    find_stack,
+    stack_context_problems,
+    stack_rank_problems,
+    with_stack_contexts,
+)
 from corda_convert.operations.options import Outcome, RunOptions
 from corda_convert.operations.peft_cache import check_cache_path, write_cache
 from corda_convert.operations.production import Input, Production, produce
 from corda_convert.operations.rank_budget import choose_ranks, plan_first_pass, rank_bounds
 from corda_convert.operations.targets import (
+    Chosen,
     Selection,
     Target,
     choose_targets,
@@ -64,8 +75,8 @@ def decompose(
     matrices = None if covariances is None else read_covariances(Path(covariances))
     names = NameMap(checkpoint, read_structure(checkpoint.root, checkpoint.config, checkpoint.tensors))
     matrices = None if matrices is None else at_run_time(matrices, names)
-    targets, warnings = _targets(names, options, split, matrices)
-    work = _Work(names, matrices, options, run, Path(output))
+    targets, stacks, warnings = _targets(names, options, split, matrices)
+    work = _Work(names, matrices, options, run, Path(output), stacks)
     load_solvers()
     if options.rank_budget is None:
         outcome = produce(work.production(targets, split, warnings), run)
@@ -80,21 +91,24 @@ def decompose(
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """A run as it was asked for, with the model and the covariances that it is about."""
+    """A run as it was asked for, with the model and the covariances that it is about, and the experts that it takes."""
 
     names: NameMap
     matrices: Covariances | None
     options: DecomposeOptions
     run: RunOptions
     output: Path
+    stacks: tuple[StackTarget, ...] = ()
 
     def production(
         self, targets: Sequence[Target], split: Split, warnings: tuple[str, ...], **facts: Any
     ) -> Production:
         """What the run writes with these ranks. `facts` are further ones for the receipt."""
         checkpoint = self.names.checkpoint
-        transforms = self.transforms(targets, split)
-        writing = plan_writing(self.names, targets, transforms, self.options, split, self.run, self.output)
+        shared = self._shared(targets)
+        transforms = self._transforms(targets, split, shared)
+        experts = [expert_transform(stacks, self.options, split, shared) for stacks in by_module(self.stacks)]
+        writing = plan_writing(self.names, targets, transforms, self.options, split, self.run, self.output, experts)
         return Production(
             command="decompose",
             options=describe_options(checkpoint, self.matrices, self.options, split, self.run),
@@ -111,8 +125,26 @@ class _Work:
 
     def transforms(self, targets: Sequence[Target], split: Split) -> dict[str, DecomposeTransform]:
         """By the weights' names on disk."""
-        shared = _shared(targets, self.options, self.matrices)
+        return self._transforms(targets, split, self._shared(targets))
+
+    def _transforms(
+        self, targets: Sequence[Target], split: Split, shared: SharedContexts
+    ) -> dict[str, DecomposeTransform]:
         return {target.weight.name: _transform(target, self.options, split, shared) for target in targets}
+
+    def _shared(self, targets: Sequence[Target]) -> SharedContexts:
+        """The contexts of all that is decomposed, in the order of computation."""
+        options, order = self.options, {name: place for place, name in enumerate(self.names.checkpoint.tensors)}
+        uses = [
+            (order[target.weight.name], [(target.module_name, target.context)])
+            for target in targets
+            if target.context is not None
+        ]
+        uses += [(min(each.place for each in stacks), expert_uses(stacks)) for stacks in by_module(self.stacks)]
+        uses.sort(key=lambda each: each[0])
+        tokens = None if self.matrices is None else self.matrices.count("tokens")
+        method = ContextMethod(options.method, options.damp, options.asvd_alpha, tokens)
+        return SharedContexts([use for _, several in uses for use in several], method)
 
 
 def _spend(work: _Work, targets: Sequence[Target], split: Split, warnings: tuple[str, ...]) -> Outcome:
@@ -148,36 +180,60 @@ def _spend(work: _Work, targets: Sequence[Target], split: Split, warnings: tuple
 
 def _targets(
     names: NameMap, options: DecomposeOptions, split: Split, matrices: Covariances | None
-) -> tuple[Sequence[Target], tuple[str, ...]]:
+) -> tuple[Sequence[Target], tuple[StackTarget, ...], tuple[str, ...]]:
     """The targets with their contexts, and warnings. Raises every problem together."""
     chosen = choose_targets(names, Selection(options.targets, options.excluded), for_peft=not split.is_dropped)
     targets = chosen.targets
-    problems: list[CordaConvertError] = [*chosen.problems]
-    ranks = {target.module_name: split.ranks.rank_of(target.module_name) for target in targets}
+    found = [find_stack(names, name) for name in chosen.stacks]
+    stacks = tuple(stack for stack in found if isinstance(stack, StackTarget))
+    problems: list[CordaConvertError] = [*chosen.problems, *_stack_problems(chosen.stacks, options)]
+    problems += [problem for problem in found if isinstance(problem, CordaConvertError)]
+    adapted = [*(target.module_name for target in targets), *(stack.name for stack in stacks)]
+    ranks = {name: split.ranks.rank_of(name) for name in adapted}
     problems += rank_problems(targets, ranks, is_truncated=split.is_dropped)
-    problems += split.ranks.unused_patterns(list(ranks))
+    problems += stack_rank_problems(stacks, ranks, is_truncated=split.is_dropped)
+    problems += split.ranks.unused_patterns(adapted)
     if matrices is not None:
         targets = with_contexts(targets, matrices, options.method)
+        stacks = with_stack_contexts(stacks, matrices, options.method)
         problems += context_problems(targets, options.method)
+        problems += stack_context_problems(stacks, options.method)
     raise_problems(problems)
-    if not chosen.left_out:
-        return targets, ()
-    return targets, (
-        f"{len(chosen.left_out)} Linear layers stay as they are, since their weights are not on disk as tensors of their "
-        f"own, or PEFT could not find them: {some(chosen.left_out)}. --target says of each what it is.",
-    )
+    return targets, stacks, _warnings(chosen)
 
 
-def _shared(targets: Sequence[Target], options: DecomposeOptions, matrices: Covariances | None) -> SharedContexts:
-    """The contexts of the targets, which are computed in this order."""
-    tokens = None if matrices is None else matrices.count("tokens")
-    uses = [(target.module_name, target.context) for target in targets if target.context is not None]
-    return SharedContexts(uses, ContextMethod(options.method, options.damp, options.asvd_alpha, tokens))
+def _stack_problems(stacks: Sequence[str], options: DecomposeOptions) -> list[CordaConvertError]:
+    """What cannot be done with experts."""
+    refused = {
+        "--rank-budget spreads over Linear layers only": options.rank_budget is not None,
+        "PEFT's cache file (--write-cache) is for Linear layers only": options.write_cache is not None,
+    }
+    return [
+        UnsupportedInput(
+            f"{what}, and {some(stacks)} hold matrices of experts.", next_step="Choose others with --target."
+        )
+        for what, is_asked in refused.items()
+        if is_asked and stacks
+    ]
 
 
-def _transform(
-    target: Target, options: DecomposeOptions, split: Split, shared: SharedContexts | None = None
-) -> DecomposeTransform:
+def _warnings(chosen: Chosen) -> tuple[str, ...]:
+    warnings: list[str] = []
+    if chosen.left_out:
+        warnings.append(
+            f"{len(chosen.left_out)} Linear layers stay as they are, since their weights are not on disk as tensors of their "
+            f"own, or PEFT could not find them: {some(chosen.left_out)}. --target says of each what it is."
+        )
+    if chosen.other_stacks:
+        ends = dict.fromkeys(".".join(name.split(".")[-2:]) for name in chosen.other_stacks)
+        warnings.append(
+            f"The experts' matrices in {len(chosen.other_stacks)} parameters stay as they are: {some(chosen.other_stacks)}. As "
+            f"in PEFT, they are no Linear layers; choose them with --target {' --target '.join(ends)}."
+        )
+    return tuple(warnings)
+
+
+def _transform(target: Target, options: DecomposeOptions, split: Split, shared: SharedContexts) -> DecomposeTransform:
     prefix = f"{PEFT_PREFIX}{target.module_name}"
     return DecomposeTransform(
         module_name=target.module_name,

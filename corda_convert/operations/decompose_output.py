@@ -15,6 +15,7 @@ from corda_convert.checkpoint.tensors import TensorSpec
 from corda_convert.operations.contexts import Method
 from corda_convert.operations.decompose_options import DecomposeOptions, Split
 from corda_convert.operations.decomposition import DecomposeTransform
+from corda_convert.operations.experts_decomposition import ExpertsTransform
 from corda_convert.operations.initial_config import initial_config
 from corda_convert.operations.model_side import model_side_files, transformers_card, with_snippet
 from corda_convert.operations.options import RunOptions
@@ -22,7 +23,7 @@ from corda_convert.operations.production import checkpoint_files, output_dtype
 from corda_convert.operations.targets import Target
 from corda_convert.output.model_card import Card
 from corda_convert.output.side_files import SideFile, json_file, override
-from corda_convert.plan.model import Copied, OutputFileSpec, Produced
+from corda_convert.plan.model import OutputFileSpec, Produced
 
 INITIAL_ADAPTER_WEIGHTS = f"{INITIAL_ADAPTER_FOLDER}/{WEIGHTS_FILE}"
 
@@ -46,6 +47,7 @@ def plan_writing(
     split: Split,
     run: RunOptions,
     output: Path | str,
+    experts: Sequence[ExpertsTransform] = (),
 ) -> Writing:
     """Files, side files and card of the output. `transforms` are by the weights' names on disk."""
     checkpoint = names.checkpoint
@@ -54,23 +56,31 @@ def plan_writing(
     place = run.push_to or str(output)
     residual_name = place if options.residual else f"{place}-residual"
     config = initial_config(
-        checkpoint, names.structure, targets, split.ranks, mode=split.mode, residual_name=residual_name
+        checkpoint,
+        names.structure,
+        targets,
+        split.ranks,
+        mode=split.mode,
+        residual_name=residual_name,
+        parameters=[stack.name for transform in experts for stack in transform.stacks],
     )
+    adapter = _adapter_tensors(checkpoint, targets, transforms, experts)
     if not options.residual:
         return Writing(
-            files=(_adapter_file(WEIGHTS_FILE, targets, transforms),),
+            files=(OutputFileSpec(WEIGHTS_FILE, adapter, {"format": "pt"}),),
             side_files=(json_file(CONFIG_FILE, config),),
             left_behind=(),
             index_metadata=None,
             card=_adapter_card(checkpoint, options, residual_name),
         )
     side_files, left = model_side_files(checkpoint, run)
-    files = checkpoint_files(checkpoint, _residuals(checkpoint, transforms, run.output_dtype), run.output_dtype)
+    residuals = _residuals(checkpoint, transforms, experts, run.output_dtype)
+    files = checkpoint_files(checkpoint, residuals, run.output_dtype)
     if split.is_dropped:
         card = _truncated_card(checkpoint, options, side_files)
         return Writing(files, side_files, left, checkpoint.index_metadata, card)
     return Writing(
-        files=(*files, _adapter_file(INITIAL_ADAPTER_WEIGHTS, targets, transforms)),
+        files=(*files, OutputFileSpec(INITIAL_ADAPTER_WEIGHTS, adapter, {"format": "pt"})),
         side_files=override(side_files, (json_file(f"{INITIAL_ADAPTER_FOLDER}/{CONFIG_FILE}", config),)),
         left_behind=left,
         index_metadata=checkpoint.index_metadata,
@@ -79,18 +89,31 @@ def plan_writing(
 
 
 def _residuals(
-    checkpoint: Checkpoint, transforms: Mapping[str, DecomposeTransform], dtype: str | None
+    checkpoint: Checkpoint,
+    transforms: Mapping[str, DecomposeTransform],
+    experts: Sequence[ExpertsTransform],
+    dtype: str | None,
 ) -> dict[str, tuple[Produced, ...]]:
     """Each weight's residual in its place."""
-    specs = {name: checkpoint.spec(name) for name in transforms}
+    makers: dict[str, DecomposeTransform | ExpertsTransform] = dict(transforms)
+    for transform in experts:
+        makers |= {rows.tensor: transform for expert in transform.experts for rows in expert.rows}
+    specs = {name: checkpoint.spec(name) for name in makers}
     return {
-        name: (Produced(spec.with_dtype(output_dtype(spec.dtype, dtype)), transforms[name]),)
+        name: (Produced(spec.with_dtype(output_dtype(spec.dtype, dtype)), makers[name]),)
         for name, spec in specs.items()
     }
 
 
-def _adapter_file(name: str, targets: Sequence[Target], transforms: Mapping[str, DecomposeTransform]) -> OutputFileSpec:
-    tensors: list[Produced | Copied] = []
+def _adapter_tensors(
+    checkpoint: Checkpoint,
+    targets: Sequence[Target],
+    transforms: Mapping[str, DecomposeTransform],
+    experts: Sequence[ExpertsTransform],
+) -> tuple[Produced, ...]:
+    """The factors in the order in which they are computed."""
+    order = {name: place for place, name in enumerate(checkpoint.tensors)}
+    tensors: list[tuple[int, Produced]] = []
     for target in targets:
         transform = transforms[target.weight.name]
         shapes = {
@@ -98,11 +121,14 @@ def _adapter_file(name: str, targets: Sequence[Target], transforms: Mapping[str,
             transform.names.lora_B: (target.d_out, transform.rank),
         }
         tensors += [
-            Produced(TensorSpec(tensor, "F32", shape), transform)
+            (order[target.weight.name], Produced(TensorSpec(tensor, "F32", shape), transform))
             for tensor, shape in shapes.items()
             if tensor is not None
         ]
-    return OutputFileSpec(name, tuple(tensors), {"format": "pt"})
+    for stacks in experts:
+        place = min(rows.place for expert in stacks.experts for rows in expert.rows)
+        tensors += [(place, Produced(TensorSpec(name, "F32", shape), stacks)) for name, shape in stacks.factors]
+    return tuple(produced for _, produced in sorted(tensors, key=lambda each: each[0]))
 
 
 RESIDUAL_SNIPPET = """from peft import PeftModel

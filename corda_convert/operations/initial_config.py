@@ -106,18 +106,21 @@ def initial_config(
     *,
     mode: Mode,
     residual_name: str,
+    parameters: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The config, with which PEFT loads the factors as they are, beside the residual of that name.
 
     `init_lora_weights` is true, so that PEFT computes nothing. `corda_config` has no effect then; it stays through
-    training and says that the adapter belongs beside a residual, as does the residual's name.
+    training and says that the adapter belongs beside a residual, as does the residual's name. `parameters` are stacks of
+    experts' matrices, which lie in the adapter as in PEFT from the version on that the config then names.
     """
     modules = [target.module_name for target in targets]
+    adapted = [*modules, *parameters]
     alpha = plain(ranks.rank if ranks.alpha is None else ranks.alpha)
     rank_as_alpha = ranks.rank_pattern if ranks.alpha is None else {}
     return {
         "alpha_pattern": _pattern(
-            {**rank_as_alpha, **ranks.alpha_pattern}, alpha, {module: ranks.alpha_of(module) for module in modules}
+            {**rank_as_alpha, **ranks.alpha_pattern}, alpha, {module: ranks.alpha_of(module) for module in adapted}
         ),
         "base_model_name_or_path": residual_name,
         "bias": "none",
@@ -130,12 +133,27 @@ def initial_config(
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": ranks.rank,
-        "rank_pattern": _pattern(ranks.rank_pattern, ranks.rank, {module: ranks.rank_of(module) for module in modules}),
+        "rank_pattern": _pattern(ranks.rank_pattern, ranks.rank, {module: ranks.rank_of(module) for module in adapted}),
         "target_modules": target_modules(structure, modules),
         "task_type": _task_type(checkpoint),
         "use_dora": False,
         "use_rslora": ranks.use_rslora,
+        **_parameters(structure, parameters),
     }
+
+
+STACKS_SINCE = "0.19.1"
+"""From this version on PEFT takes a stack of square matrices as we do."""
+
+
+def _parameters(structure: ModelStructure, parameters: Sequence[str]) -> dict[str, Any]:
+    """What selects exactly these parameters in PEFT: the ends of their paths, else the whole of them."""
+    if not parameters:
+        return {}
+    ends = {".".join(name.split(".")[-2:]) for name in parameters}
+    selected = {name for name in structure.parameters if any(name.endswith(f".{end}") for end in ends)}
+    found = ends if selected == set(parameters) else set(parameters)
+    return {"peft_version": STACKS_SINCE, "target_parameters": sorted(found)}
 
 
 def _pattern(given: Mapping[str, _Value], default: _Value, wanted: Mapping[str, _Value]) -> dict[str, _Value]:

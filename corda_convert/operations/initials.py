@@ -34,7 +34,7 @@ def assign(adapters: Sequence[Adapter], paths: Sequence[Path], *, as_is: bool) -
 
 def _of_one(adapter: Adapter, path: Path, *, as_is: bool) -> Adapter:
     initial = read_initial(path, adapter)
-    with_initial(adapter, initial)
+    with_initial(adapter, initial, takes_parameters=True)
     if not as_is:
         check_same_training(adapter, initial)
     return initial

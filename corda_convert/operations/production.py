@@ -31,7 +31,7 @@ from corda_convert.output.model_card import Card, render_card
 from corda_convert.output.read_ahead import ReadAhead
 from corda_convert.output.receipt import RECEIPT_FORMAT, RECEIPT_FORMAT_VERSION, tool, write_receipt
 from corda_convert.output.side_files import SideFile, json_file
-from corda_convert.plan.model import ComputeJob, Copied, Facts, OutputFileSpec, Plan, Produced
+from corda_convert.plan.model import ComputeJob, Copied, Facts, InSteps, OutputFileSpec, Plan, Produced
 from corda_convert.plan.packing import pack
 
 if TYPE_CHECKING:
@@ -273,14 +273,18 @@ def _actions(plan: Plan) -> dict[str, int]:
     actions: dict[str, int] = {}
     for job in plan.jobs:
         if isinstance(job, ComputeJob):
-            actions[job.transform.action] = actions.get(job.transform.action, 0) + 1
+            count = job.transform.described if isinstance(job.transform, InSteps) else 1
+            actions[job.transform.action] = actions.get(job.transform.action, 0) + count
         else:
             actions["copied"] = actions.get("copied", 0) + len(job.names)
     return actions
 
 
 def _tensor_facts(plan: Plan, facts: Mapping[str, Facts]) -> list[dict[str, Any]]:
-    """One entry for each output tensor. A job's facts stand at its first output; its others refer to that one."""
+    """One entry for each output tensor. A job's facts stand at its first output; its others refer to that one.
+
+    A job in steps has facts by output.
+    """
     owners = {
         write.tensor: job.name
         for job in plan.jobs
@@ -300,6 +304,8 @@ def _tensor_facts(plan: Plan, facts: Mapping[str, Facts]) -> list[dict[str, Any]
             owner = owners.get(spec.name)
             if owner is None:
                 entry["action"] = "copied"
+            elif "outputs" in facts.get(owner, {}):
+                entry |= {"action": facts[owner]["action"], **facts[owner]["outputs"][spec.name]}
             elif owner == spec.name:
                 entry |= facts.get(owner, {})
             else:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from corda_convert.adapters import read_adapter
+from corda_convert.adapters.experts import ParameterFactors
 from corda_convert.adapters.factors import Adapter
 from corda_convert.adapters.lora import LoraFactors
 from corda_convert.adapters.source import CONFIG_FILE, PEFT_PREFIX
@@ -115,7 +116,8 @@ def take_out(
 
 
 def _check_kind(initial: Adapter) -> None:
-    other = [change.module_name for change in initial.modules if not isinstance(change, LoraFactors)]
+    kinds = (LoraFactors, ParameterFactors)
+    other = [change.module_name for change in initial.modules if not isinstance(change, kinds)]
     if initial.kind != "lora" or other:
         what = f"changes {some(other)} otherwise too" if initial.kind == "lora" else f"is a {initial.kind} adapter"
         raise UnsupportedInput(

@@ -66,11 +66,15 @@ class Chosen:
         targets: the modules.
         left_out: Linear layers that `all-linear` means and that cannot be decomposed.
         problems: why modules that were named cannot be.
+        stacks: chosen parameters that hold the matrices of experts, in the order of their registration.
+        other_stacks: those that were not chosen.
     """
 
     targets: tuple[Target, ...]
     left_out: tuple[str, ...]
     problems: tuple[CordaConvertError, ...]
+    stacks: tuple[str, ...] = ()
+    other_stacks: tuple[str, ...] = ()
 
 
 def choose_targets(names: NameMap, selection: Selection, *, for_peft: bool = True) -> Chosen:
@@ -85,18 +89,24 @@ def choose_targets(names: NameMap, selection: Selection, *, for_peft: bool = Tru
             next_step="Put its config.json beside the weights; models that need remote code are not supported yet.",
         )
     linears = [module for module, kind in structure.layers.items() if kind in ("linear", "conv1d")]
-    chosen = _select(linears, _heads(structure), selection)
+    stacks = structure.expert_stacks()
+    others = [name for name, found in structure.parameters.items() if found.kind not in ("linear", "conv1d")]
+    everything = _Selectable(linears, stacks, [name for name in others if name not in stacks])
+    selected = _select(everything, _heads(structure), selection)
+    chosen = [module for module in linears if module in selected]
+    chosen_stacks = tuple(name for name in stacks if name in selected)
     mistaken = _names_of_experts(names.checkpoint.config) if for_peft else frozenset()
     found = {module: _find(names, module, mistaken) for module in chosen}
     targets = [target for target in found.values() if isinstance(target, Target)]
-    if not found:
+    if not found and not chosen_stacks:
         raise UnsupportedInput(f"{names.checkpoint.name} has no Linear layer to decompose.")
     order = {name: place for place, name in enumerate(names.checkpoint.tensors)}
     wrong = {module: problem for module, problem in found.items() if isinstance(problem, CordaConvertError)}
-    problems = [*(wrong.values() if selection.is_explicit or not targets else ())]
+    problems = [*(wrong.values() if selection.is_explicit or not (targets or chosen_stacks) else ())]
     problems += [problem for target in targets for problem in _quantized(target)]
     targets.sort(key=lambda target: order[target.weight.name])
-    return Chosen(tuple(targets), tuple(wrong), tuple(problems))
+    left = tuple(name for name in stacks if name not in selected)
+    return Chosen(tuple(targets), tuple(wrong), tuple(problems), chosen_stacks, left)
 
 
 def with_contexts(targets: Sequence[Target], covariances: Covariances, method: Method) -> tuple[Target, ...]:
@@ -153,40 +163,71 @@ def _is_all_linear(name: str) -> bool:
     return name.lower() == ALL_LINEAR
 
 
-def _select(linears: Sequence[str], heads: frozenset[str], selection: Selection) -> list[str]:
-    """The chosen modules in the model's order. Raises `UnsupportedInput` for a name that is none."""
-    everything = [module for module in linears if module not in heads]
-    chosen = set() if _listed(selection.targets) else set(everything)
+@dataclass(frozen=True, slots=True)
+class _Selectable:
+    """Paths of Linear layers, of parameters that are stacks of experts' matrices, and of all other parameters."""
+
+    linears: Sequence[str]
+    stacks: Sequence[str]
+    others: Sequence[str]
+
+
+def _select(everything: _Selectable, heads: frozenset[str], selection: Selection) -> set[str]:
+    """The chosen modules and stacks. Raises `UnsupportedInput` for a name that is none.
+
+    A name means Linear layers, and stacks only where no Linear layer is called so; what is excluded may be either.
+    """
+    linears = [module for module in everything.linears if module not in heads]
+    chosen = set() if _listed(selection.targets) else set(linears)
     for target in _listed(selection.targets):
         if _is_all_linear(target):
-            chosen.update(everything)
+            chosen.update(linears)
         else:
-            chosen.update(_matching(linears, target, "--target", is_pattern=isinstance(selection.targets, str)))
+            chosen.update(_matching(everything, target, "--target", is_pattern=isinstance(selection.targets, str)))
     for name in _listed(selection.excluded):
-        chosen.difference_update(_matching(linears, name, "--exclude", is_pattern=isinstance(selection.excluded, str)))
-    if linears and not chosen:
+        chosen.difference_update(
+            _matching(everything, name, "--exclude", is_pattern=isinstance(selection.excluded, str))
+        )
+    if everything.linears and not chosen:
         raise UnsupportedInput(
             "--exclude leaves out every layer that was chosen.", next_step="Exclude less, or choose more with --target."
         )
-    return [module for module in linears if module in chosen]
+    return chosen
 
 
-def _matching(modules: Sequence[str], name: str, option: str, *, is_pattern: bool) -> list[str]:
+def _matching(everything: _Selectable, name: str, option: str, *, is_pattern: bool) -> list[str]:
     """The modules that a name means: as a regular expression if that is what it is, or if nothing is called so."""
-    matched = [] if is_pattern else [module for module in modules if module == name or module.endswith(f".{name}")]
-    if matched:
-        return matched
+    kinds = [everything.linears, everything.stacks]
+    if option == "--exclude":
+        kinds = [[*everything.linears, *everything.stacks]]
+    for modules in kinds if not is_pattern else ():
+        matched = _called(modules, name)
+        if matched:
+            return matched
     try:
         pattern = re.compile(name)
     except re.error as error:
         raise UnsupportedInput(f"{option} {name!r} is no name and no regular expression: {error}.") from None
-    matched = [module for module in modules if pattern.fullmatch(module)]
-    if not matched:
-        ends = sorted({module.rpartition(".")[2] for module in modules})
-        raise UnsupportedInput(
-            f"{option} {name!r} matches no Linear layer.", next_step=f"The layers end in: {', '.join(ends)}."
-        )
-    return matched
+    for modules in kinds:
+        matched = [module for module in modules if pattern.fullmatch(module)]
+        if matched:
+            return matched
+    raise _matches_nothing(everything, name, option)
+
+
+def _called(modules: Sequence[str], name: str) -> list[str]:
+    return [module for module in modules if module == name or module.endswith(f".{name}")]
+
+
+def _matches_nothing(everything: _Selectable, name: str, option: str) -> CordaConvertError:
+    others = _called(everything.others, name) or _called(everything.others, f"{name}.weight")
+    ends = sorted({module.rpartition(".")[2] for module in everything.linears})
+    ends += sorted({".".join(stack.split(".")[-2:]) for stack in everything.stacks})
+    return UnsupportedInput(
+        f"{option} {name!r} matches no Linear layer.",
+        why=f"{others[0]} is of another kind; only Linear layers and experts are decomposed." if others else None,
+        next_step=f"The layers end in: {', '.join(ends)}.",
+    )
 
 
 _EXPERTS: Mapping[str, frozenset[str]] = {

@@ -146,8 +146,12 @@ class FoldTransform:
         block = rows * self.weight.shape[1]
         operands = sum(ref.spec.elements for ref in self.whole.values()) + self._most_needed(rows)
         streamed = sum(rows * prod(ref.shape[1:]) for name, ref in self.streamed.items() if name != "weight")
-        reading = max(getattr(ref.file, "reading_bytes", 0) for ref in (self.weight, *self.refs.values()))
-        return reading + _bytes((5 if self.is_sum else 4) * block + 2 * operands + 2 * streamed, self.compute_dtype)
+        reading: dict[object, int] = {}
+        for ref in (self.weight, *self.refs.values()):
+            path, needed = ref.file.path, getattr(ref.file, "reading_bytes", 0)
+            reading[path] = max(needed, reading.get(path, 0))
+        elements = (5 if self.is_sum else 4) * block + 2 * operands + 2 * streamed
+        return sum(reading.values()) + _bytes(elements, self.compute_dtype)
 
     def _most_needed(self, rows: int) -> int:
         """Elements of the operands that so many rows need at most."""

@@ -6,7 +6,7 @@ before one weight is read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -82,6 +82,39 @@ class NeedsByRows(Protocol):
 
     def needed(self, begin: int, end: int) -> Mapping[str, TensorRef]:
         """What rows `begin … end` need: read whole with each block of rows that has such, and among `step`'s inputs."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows `begin … end` of an output that is seen as a matrix of so many `rows`."""
+
+    begin: int
+    end: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step of a job reads, by operand name, and the parts of outputs that it fills, by tensor name."""
+
+    operands: Mapping[str, TensorRef]
+    outputs: Mapping[str, Part]
+
+
+@runtime_checkable
+class InSteps(Protocol):
+    """A transform without streamed operands that does its work in several steps, one after the other.
+
+    Its session gets each step's number as `first_row`. Its facts are by output: `{"outputs": {tensor name: facts}}`.
+    """
+
+    @property
+    def steps(self) -> Sequence[Step]: ...
+
+    @property
+    def described(self) -> int:
+        """How many outputs have facts of their own; the others refer to one of those."""
         ...
 
 

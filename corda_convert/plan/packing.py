@@ -15,6 +15,7 @@ from corda_convert.plan.model import (
     ComputeJob,
     Copied,
     CopyJob,
+    InSteps,
     Job,
     NeedsByRows,
     OutputFileSpec,
@@ -149,6 +150,8 @@ def _compute_job(
     transform: Transform, outputs: list[tuple[str, Produced]], places: dict[tuple[str, str], int]
 ) -> ComputeJob:
     name = outputs[0][1].spec.name
+    if isinstance(transform, InSteps):
+        return ComputeJob(name, transform, _step_chunks(transform, outputs, places), transform.workspace_bytes(0))
     whole = tuple(_read(operand, ref, 0, ref.shape[0] if ref.shape else 1) for operand, ref in transform.whole.items())
     if not transform.streamed:
         writes = tuple(_write(file_name, each.spec, places, 0, _rows(each.spec)) for file_name, each in outputs)
@@ -164,6 +167,22 @@ def _compute_job(
         chunks.append(Chunk(begin, whole if index == 0 else (), reads, writes))
     rows = max((end - begin for begin, end in blocks), default=0)
     return ComputeJob(name, transform, tuple(chunks), transform.workspace_bytes(rows))
+
+
+def _step_chunks(
+    transform: InSteps, outputs: list[tuple[str, Produced]], places: dict[tuple[str, str], int]
+) -> tuple[Chunk, ...]:
+    found = {each.spec.name: (file_name, each.spec) for file_name, each in outputs}
+    chunks = []
+    for number, step in enumerate(transform.steps):
+        reads = tuple(_read(operand, ref, 0, _rows(ref.spec)) for operand, ref in step.operands.items())
+        writes = []
+        for name, part in step.outputs.items():
+            file_name, spec = found[name]
+            matrix = TensorSpec(name, spec.dtype, (part.rows, spec.elements // max(part.rows, 1)))
+            writes.append(_write(file_name, matrix, places, part.begin, part.end))
+        chunks.append(Chunk(number, (), reads, tuple(writes)))
+    return tuple(chunks)
 
 
 def row_blocks(shape: tuple[int, ...], quantum: int = 1) -> list[tuple[int, int]]:
