@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import fsum, sqrt
 
 import torch
 from torch import Tensor
@@ -198,11 +198,19 @@ def extracted(team: Team, matrix: Tensor, rank: int, covariance: Tensor | None =
     left, values, right = torch.linalg.svd(found.projected.T, full_matrices=False)
     root = values.sqrt()
     lora_A, lora_B = _signed(root[:, None] * right, found.U @ left * root)
-    errors = difference_norms(team, matrix, lora_B, lora_A, weighting if isinstance(weighting, RootWeighting) else None)
+    error, norm = difference_norms(team, matrix, lora_B, lora_A)
+    weighted_error, weighted_norm = None, None
+    if isinstance(weighting, RootWeighting):
+        total = _square(team, matrix, weighting)
+        missed = total - float(found.singular_values.square().sum())  # what is kept is UUᵀ of the whole
+        weighted_error, weighted_norm = sqrt(max(missed, 0.0)), sqrt(total)
     return Extracted(
         lora_A,
         lora_B,
-        *errors,
+        error,
+        norm,
+        weighted_error,
+        weighted_norm,
         solver=found.solver,
         certificate={
             "residual": found.residual,
@@ -213,24 +221,33 @@ def extracted(team: Team, matrix: Tensor, rank: int, covariance: Tensor | None =
     )
 
 
-def difference_norms(
-    team: Team, matrix: Tensor, lora_B: Tensor, lora_A: Tensor, weighting: RootWeighting | None
-) -> tuple[float, float, float | None, float | None]:
-    """`‖M − BA‖_F` and `‖M‖_F`, and the same times the root of C: (d_out, d_in) by panels of rows, in float64."""
-    sums: dict[int, tuple[float, ...]] = {}
+def difference_norms(team: Team, matrix: Tensor, lora_B: Tensor, lora_A: Tensor) -> tuple[float, float]:
+    """`‖M − BA‖_F` and `‖M‖_F` of M (d_out, d_in), by panels of rows, in float64."""
+    sums: dict[int, tuple[float, float]] = {}
 
     def panel(rows: slice) -> None:
         own = matrix[rows].double()
-        rest = own - lora_B[rows] @ lora_A
-        parts = [rest, own]
-        if weighting is not None:
-            parts += [rest @ weighting.L.double(), own @ weighting.L.double()]
-        sums[rows.start] = tuple(float(torch.linalg.vector_norm(part)) ** 2 for part in parts)
+        sums[rows.start] = _norm(own - lora_B[rows] @ lora_A) ** 2, _norm(own) ** 2
 
     team.each(panel, matrix.shape[0], PANEL)
-    totals = [sqrt(sum(sums[row][place] for row in sorted(sums))) for place in range(4 if weighting else 2)]
-    weighted = (totals[2], totals[3]) if weighting else (None, None)
-    return totals[0], totals[1], *weighted
+    missed, whole = (sqrt(fsum(sums[row][place] for row in sorted(sums))) for place in (0, 1))
+    return missed, whole
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor))
+
+
+def _square(team: Team, matrix: Tensor, weighting: NoWeighting | RootWeighting) -> float:
+    """`‖M T‖_F²`, by panels of rows, in float64."""
+    sums: dict[int, float] = {}
+
+    def panel(rows: slice) -> None:
+        own = matrix[rows].double()
+        sums[rows.start] = _norm(own @ weighting.L if isinstance(weighting, RootWeighting) else own) ** 2
+
+    team.each(panel, matrix.shape[0], PANEL)
+    return fsum(sums.values())
 
 
 def energy_rank(team: Team, matrix: Tensor, energy: float, covariance: Tensor | None, most: int) -> int:
@@ -238,12 +255,7 @@ def energy_rank(team: Team, matrix: Tensor, energy: float, covariance: Tensor | 
     weighting: NoWeighting | RootWeighting = NoWeighting()
     if covariance is not None:
         weighting, _ = root_weighting(team, covariance)
-    total = 0.0
-    for begin in range(0, matrix.shape[0], PANEL):
-        rows = matrix[begin : begin + PANEL].double()
-        if isinstance(weighting, RootWeighting):
-            rows = rows @ weighting.L.double()
-        total += float(torch.linalg.vector_norm(rows)) ** 2
+    total = _square(team, matrix, weighting)
     if total == 0.0:
         return 0
     most = min(most, *matrix.shape)

@@ -28,6 +28,7 @@ class _Changes:
     linears: dict[str, Difference] = field(default_factory=dict)
     biases: dict[str, TensorRef] = field(default_factory=dict)
     saved: dict[str, TensorRef] = field(default_factory=dict)
+    tied: set[str] = field(default_factory=set)
     unchanged: list[str] = field(default_factory=list)
     problems: list[CordaConvertError] = field(default_factory=list)
 
@@ -124,6 +125,7 @@ def _sort_in(
     sharing = names.shared.get(parameter, ())
     if sharing:
         changes.saved |= dict.fromkeys(sharing, other)
+        changes.tied |= set(sharing)
     elif kind in ("linear", "conv1d") and end == "weight":
         changes.linears[module] = Difference(other, ref, "in_out" if kind == "conv1d" else "out_in")
     elif kind in ("linear", "conv1d") and end == "bias":
@@ -159,6 +161,7 @@ def _config(base: Checkpoint, structure: ModelStructure, changes: _Changes) -> M
         "fan_in_fan_out": any(each.layout == "in_out" for each in changes.linears.values()),
         "lora_dropout": 0.0,
         "modules_to_save": saved or None,
+        "ensure_weight_tying": bool(changes.tied),
         "target_modules": target_modules(structure, list(changes.linears)),
         "use_dora": False,
     }

@@ -112,7 +112,7 @@ class _ReduceSession:
             matrix = module.dense.matrix(team, inputs, self.device)
             found = low_rank.extracted(team, matrix, self.transform.rank, covariance)
             stored = self._write(found.lora_A, found.lora_B, outputs)
-            error = low_rank.difference_norms(team, matrix, stored[1], stored[0], None)[0]
+            error, _ = low_rank.difference_norms(team, matrix, stored[1], stored[0])
             self.result = self._facts(found.norm, error, found.weighted_norm, found.weighted_error) | _solver(found)
             return
         right, left = stacked(module, inputs, self.device)
