@@ -598,7 +598,7 @@ def push(folder: Path, repo_id: str, private: bool, as_json: bool) -> None:
     """
     from corda_convert.operations import push as operation
 
-    if click.get_current_context().obj.place.rank > 0:
+    if _ranks().place.rank > 0:
         return
     publication = operation.push(folder, repo_id, private=private)
     if as_json:
@@ -630,12 +630,18 @@ def _run(options: dict[str, Any]) -> RunOptions:
         push_to=options["push_to"],
         private=options["private"],
         progress=not options["quiet"],
-        ranks=click.get_current_context().obj,
+        ranks=_ranks(),
     )
 
 
+def _ranks() -> Ranks:
+    """The processes that share the work of the command that is run."""
+    found: Ranks | None = click.get_current_context().obj
+    return Alone() if found is None else found
+
+
 def _report(outcome: Outcome, options: dict[str, Any]) -> None:
-    if click.get_current_context().obj.place.rank > 0:
+    if _ranks().place.rank > 0:
         return
     for warning in outcome.warnings:
         click.echo(f"Note: {warning}", err=True)
