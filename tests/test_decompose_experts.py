@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from building import covariance, random, read_json, write_checkpoint, write_covariances
+from building import covariance, files_below, random, read_json, write_checkpoint, write_covariances
 from conftest import Ran
 from families import tiny
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -279,6 +282,64 @@ def test_bytes_do_not_depend_on_the_run(tmp_path: Path) -> None:
         assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes()
 
 
+def comparable(output: Path) -> tuple[dict[str, bytes], Any]:
+    """All files but the receipt, and what it says of the tensors but the time they took."""
+    files = files_below(output)
+    tensors = json.loads(files.pop("corda_convert.json"))["tensors"]
+    return files, [{name: fact for name, fact in entry.items() if name != "seconds"} for entry in tensors]
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> tuple[str, ...]:
+    """The command for a model in three shards, experts of one layer in several, with a layer's covariances."""
+    base = saved("mixtral", tmp_path / "whole")
+    write_contexts(tmp_path / "c.safetensors", base, "layer", is_scale=False)
+    tensors = load_file(tmp_path / "whole" / "model.safetensors")
+    config = read_json(tmp_path / "whole" / "config.json")
+    model = write_checkpoint(tmp_path / "base", tensors, shards=3, config=config)
+    targets = [part for end in BOTH for part in ("--target", end)]
+    return "decompose", str(model), "--cov", str(tmp_path / "c.safetensors"), "--mode", "ipm", "--rank", "2", *targets
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, sharded: tuple[str, ...]) -> None:
+    spec = {"arguments": sharded, "folder": str(tmp_path / "runs"), "kills": 3, "seed": "experts"}
+    (tmp_path / "runs").mkdir()
+    program = Path(__file__).with_name("interrupted_runs.py")
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(program), json.dumps(spec)], capture_output=True, text=True, env=alone, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    kills = json.loads(done.stdout)
+    assert sum(kill["killed"] != 0 for kill in kills) >= 1
+    for number in range(len(kills)):
+        assert comparable(tmp_path / "runs" / str(number) / "out") == comparable(
+            tmp_path / "runs" / "undisturbed1" / "out"
+        )
+
+
+def test_two_processes_make_the_bytes_of_one(
+    tmp_path: Path, sharded: tuple[str, ...], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    assert command(*sharded, "-o", "out").status == 0
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "corda_convert",
+    ]
+    subprocess.run([*launch, *sharded, "-o", "out"], check=True, capture_output=True, cwd=tmp_path / "two", env=alone,
+                   timeout=120)  # fmt: skip
+    assert comparable(tmp_path / "one" / "out")[0] == comparable(tmp_path / "two" / "out")[0]
+
+
 def test_a_group_is_one_expert_at_most(tmp_path: Path) -> None:
     """Memory does not grow with the number of experts."""
     saved("mixtral", tmp_path / "base")
@@ -452,6 +513,16 @@ def test_an_initial_adapter_with_another_scaling_is_refused(tmp_path: Path, refu
         "merge", tmp_path / "base", "--adapter", tmp_path / "a/corda_init", "--init", tmp_path / "b/corda_init"
     )
     assert "experts.gate_up_proj: the adapter scales by 1, the initial adapter by 1.33333; they must agree." in message
+
+
+def test_an_initial_adapter_of_another_training_is_refused(tmp_path: Path, refusal: Refusal) -> None:
+    saved("qwen3_moe", tmp_path / "base")
+    for mode in ("ipm", "kpm"):
+        decompose(tmp_path / "base", output=tmp_path / mode, options=options(mode=mode))
+    adapter, other = (tmp_path / mode / "corda_init" for mode in ("ipm", "kpm"))
+    expected = "corda_init was not trained from the initial adapter corda_init: the rows of lora_A point elsewhere"
+    assert refusal("merge", tmp_path / "base", "--adapter", adapter, "--init", other).startswith(expected)
+    assert refusal("merge", tmp_path / "kpm", "--adapter", adapter).startswith(expected)
 
 
 # Conv1D

@@ -11,13 +11,14 @@ from pathlib import Path
 from statistics import median
 
 from corda_convert.adapters.dora import lora_factors
+from corda_convert.adapters.experts import ParameterFactors
 from corda_convert.adapters.factors import Adapter
 from corda_convert.adapters.lora import LoraFactors
 from corda_convert.adapters.source import CONFIG_FILE
 from corda_convert.checkpoint.folder import INITIAL_ADAPTER_FOLDER, Checkpoint
 from corda_convert.checkpoint.tensors import TensorRef, read_tensor
 from corda_convert.errors import AdapterMismatch, UnsupportedInput
-from corda_convert.operations.shares import Matrices, difference_cosines, repeated_shares, sample
+from corda_convert.operations.shares import SAMPLED_MODULES, Matrices, difference_cosines, repeated_shares, sample
 
 REPEATED_SHARE = 0.15
 """A median cosine above this between `s·B·A` and the weight's own part in B's column space tells a residual adapter. On
@@ -26,6 +27,9 @@ the fixtures, trained for 300 steps: 0.3 for the CorDA adapter on the base, 0.00
 PROJECTED_SHARE = 0.9
 """The least median cosine between initial factors and the base that they were taken from: 1 for those of `decompose` and
 of PEFT's methods but LoRA-GA; 0.5 for the fixture's CorDA adapter after its training."""
+
+SAMPLED_ROWS = 64
+"""Rows of lora_A that are compared of a stack of experts."""
 
 KEPT_DIRECTION = 0.4
 """A median cosine below this between the rows of lora_A and of its initial adapter tells that they are of two trainings."""
@@ -59,7 +63,7 @@ def check_same_training(adapter: Adapter, initial: Adapter) -> None:
     changed sign is no other adapter: A and B turn together. Raises `AdapterMismatch` with the cosines.
     """
     modules = {factors.module_name: factors for factors in lora_factors(initial.modules)}
-    found = {
+    found = _directions_of_stacks(adapter, initial) | {
         factors.module_name: cosines
         for factors in sample(lora_factors(adapter.modules))
         if factors.module_name in modules
@@ -74,6 +78,28 @@ def check_same_training(adapter: Adapter, initial: Adapter) -> None:
             why="The initial adapter is of another training run.",
             next_step="Give the corda_init folder that this training started from.",
         )
+
+
+def _directions_of_stacks(adapter: Adapter, initial: Adapter) -> dict[str, list[float]]:
+    """The same cosines for the first rows of a few parameters, mostly stacks of experts."""
+    theirs = {change.key: change.lora_A for change in initial.modules if isinstance(change, ParameterFactors)}
+    mine = {change.key: change.lora_A for change in adapter.modules if isinstance(change, ParameterFactors)}
+    rows = {
+        key: min(own.shape[0], SAMPLED_ROWS)
+        for key, own in mine.items()
+        if key in theirs and own.shape == theirs[key].shape
+    }
+    cosines = {
+        key: kept_directions(mine[key].rows(0, count), theirs[key].rows(0, count))
+        for key, count in list(rows.items())[:SAMPLED_MODULES]
+    }
+    return {key: found for key, found in cosines.items() if found}
+
+
+def _adapted(adapter: Adapter) -> set[str]:
+    """Paths of the modules that have LoRA factors, and of the wrappers of parameters."""
+    stacks = {change.key for change in adapter.modules if isinstance(change, ParameterFactors)}
+    return stacks | {factors.module_name for factors in lora_factors(adapter.modules)}
 
 
 def check_base_of_initial(initial: Adapter, weights: Matrices, model: Checkpoint) -> None:
@@ -203,8 +229,7 @@ def _check_on_residual(adapter: Adapter, model: Checkpoint, folder: Path) -> Non
     from corda_convert.adapters import read_adapter
 
     initial = read_adapter(folder)
-    mine = {factors.module_name for factors in lora_factors(adapter.modules)}
-    theirs = {factors.module_name for factors in lora_factors(initial.modules)}
+    mine, theirs = _adapted(adapter), _adapted(initial)
     if (adapter.kind, initial.kind) != ("lora", "lora") or mine != theirs:
         raise AdapterMismatch(
             f"{model.name} is a residual, and {adapter.source.name} was not trained beside it: it adapts other modules than "
