@@ -38,6 +38,8 @@ from transformers import AutoModelForCausalLM
 
 from corda_convert import DecomposeOptions, Outcome, RunOptions, decompose
 from corda_convert.linalg.allocation import Components, allocate, uniform_rank
+from corda_convert.operations.decomposition import DecomposeTransform
+from corda_convert.output import journal
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`corda_config` specified but will be ignored"),
@@ -389,6 +391,38 @@ def test_several_processes_find_the_ranks_that_one_does(done: Command, tmp_path:
     assert weight_files(tmp_path / "one") == weight_files(tmp_path / "two")
     one, two = (read_json(tmp_path / name / "corda_convert.json") for name in ("one", "two"))
     assert one["rank_budget"] == two["rank_budget"]
+
+
+@pytest.mark.parametrize("number", [8, 14 + 12])
+def test_an_interrupted_run_leaves_nothing_of_the_first_pass_and_goes_on_with_the_second(
+    command: Command, done: Command, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    arguments = ("decompose", model, "--method", "svd", "--mode", "ipm", "--rank-budget", BUDGET)
+    done(*arguments, "-o", tmp_path / "undisturbed" / "out")
+    begun: list[str] = []
+    begin = DecomposeTransform.begin
+
+    def press(transform: DecomposeTransform, device: Any) -> Any:
+        begun.append(transform.module_name)
+        if len(begun) == number:
+            raise KeyboardInterrupt
+        return begin(transform, device)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(journal, "COMMIT_BYTES", 1)
+        patched.setattr(DecomposeTransform, "begin", press)
+        ran = command(*arguments, "-o", tmp_path / "out")
+    assert ran.status == 130
+    is_first = number <= len(LINEARS)
+    assert ran.err.strip().startswith(
+        "Interrupted; nothing was written." if is_first else "Interrupted. Run the same command"
+    )
+    if is_first:
+        assert_no_leftovers(tmp_path)
+    done(*arguments, "-o", tmp_path / "out")
+    assert weight_files(tmp_path / "out") == weight_files(tmp_path / "undisturbed" / "out")
+    resumed = read_json(tmp_path / "out" / "corda_convert.json")["run"].get("resumed", {"bytes": 0})
+    assert (resumed["bytes"] > 0) == (not is_first)
 
 
 # Before any work
