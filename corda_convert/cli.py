@@ -489,6 +489,12 @@ def merge(model: Path, adapters: tuple[Path, ...], **options: Any) -> None:
     help="Covariances: a lower rank keeps the layers' outputs on that data, not their weights, best.",
 )
 @click.option("--uniform", is_flag=True, help="One rank for all modules, no patterns, as servers want it.")
+@click.option(
+    "--for",
+    "server",
+    type=click.Choice(["vllm", "sglang", "llama.cpp", "peft"]),
+    help="Mend what this server does not take of a LoRA (ranks, scalings, patterns), or refuse, and tell how to start it.",
+)
 @click.option("--as-is", is_flag=True, help="Do not judge by the numbers what belongs together.")
 @run_options
 def to_lora(adapters: tuple[Path, ...], **options: Any) -> None:
@@ -529,6 +535,7 @@ def to_lora(adapters: tuple[Path, ...], **options: Any) -> None:
         energy=options["energy"],
         weight_by=options["weight_by"],
         uniform=options["uniform"],
+        server=options["server"],
         as_is=options["as_is"],
     )
     _report(

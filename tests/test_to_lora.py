@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -35,6 +36,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from corda_convert import DecomposeOptions, MergeOptions, RunOptions, ToLoraOptions, decompose, merge, to_lora
+from corda_convert.adapters import read_adapter
+from corda_convert.operations.adapter_facts import facts_of
+from corda_convert.operations.server_rules import SERVERS, Server
+from corda_convert.operations.servers import check
 
 Refusal = Callable[..., str]
 
@@ -612,3 +617,50 @@ def test_merging_with_init_and_converting_are_one_change(tmp_path: Path) -> None
     ids = torch.arange(64)[None] + 7
     difference = logits(adapted(MODEL, tmp_path / "lora"), ids) - logits(load(tmp_path / "merged"), ids)
     assert float(difference.abs().max()) <= 2e-4
+
+
+# For a server
+
+
+def serving(tmp_path: Path, **config: Any) -> Path:
+    """A plain LoRA with two ranks and two alphas, and rsLoRA."""
+    tensors = {}
+    for name, shape in LINEARS.items():
+        tensors |= lora_tensors({name: shape}, rank=2 if "q_proj" in name else 4)
+    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3}, "use_rslora": True}
+    return write_adapter(tmp_path / "lora", tensors, lora_config(4, **patterns, **{"target_modules": NAMES, **config}))
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_for_a_server_what_it_does_not_take_is_mended_without_a_loss(
+    base: Path, tmp_path: Path, server: Server
+) -> None:
+    names = "|".join(re.escape(name) for name in LINEARS)
+    adapter = serving(tmp_path, target_modules=names)
+    before = check(facts_of(read_adapter(adapter)), server)
+    outcome = to_lora(adapter, output=tmp_path / "out", options=ToLoraOptions(server=server))
+    assert not [finding for finding in check(facts_of(read_adapter(tmp_path / "out")), server) if finding.is_obstacle]
+    assert any(finding.is_obstacle for finding in before) == (server != "peft")
+    assert bool(outcome.receipt["served"]["mended"]) == (
+        server in ("sglang", "llama.cpp")
+    )  # a scaling of 1 does for vLLM
+    assert outcome.receipt["served"]["command"]
+    exact, actual = deltas(base, adapter), deltas(base, tmp_path / "out")
+    assert exact.keys() == actual.keys()
+    assert max(error(actual[name], exact[name]) for name in exact) <= 1e-6
+
+
+def test_for_a_server_a_rank_above_all_that_it_takes_is_lowered(base: Path, tmp_path: Path) -> None:
+    wide = {"model.layers.0.mlp.up_proj": LINEARS[UP]}
+    adapter = write_lora(tmp_path / "lora", wide, rank=600, target_modules=["up_proj"], layers_to_transform=[0])
+    outcome = to_lora(adapter, output=tmp_path / "out", options=ToLoraOptions(server="vllm"))
+    assert outcome.receipt["served"]["mended"] == ["rank 600"]
+    assert outcome.receipt["rank"] == 512
+    (exact,), (actual,) = (deltas(base, folder).values() for folder in (adapter, tmp_path / "out"))
+    assert error(actual, exact) <= 1e-6
+
+
+def test_for_a_server_what_no_conversion_mends_is_refused(refusal: Refusal) -> None:
+    message = refusal("to-lora", ADAPTERS / "lora_modules_to_save", "--for", "vllm")
+    assert message.startswith("vllm does not take the result as it is: whole weights: ")
+    assert message.endswith("Merge the adapter into the base instead, or convert without --for.")

@@ -19,14 +19,17 @@ from corda_convert.checkpoint.covariances import Covariances, read_covariances
 from corda_convert.checkpoint.folder import Checkpoint, read_checkpoint
 from corda_convert.checkpoint.tensors import TensorRef, TensorSpec
 from corda_convert.errors import CordaConvertError, CovarianceMismatch, UnsupportedInput, raise_problems, some
+from corda_convert.operations.adapter_facts import AdapterFacts
 from corda_convert.operations.lora_adapters import Given, from_adapters
 from corda_convert.operations.lora_checkpoints import from_checkpoints
 from corda_convert.operations.lora_config import baked_config, doubled_config
 from corda_convert.operations.lora_join import JoinTransform, Part
 from corda_convert.operations.lora_modules import Carried, LoraModule, LoraSource
 from corda_convert.operations.lora_reduction import ReduceTransform, energy_rank_of
+from corda_convert.operations.lora_serving import Wishes, facts_of_result, listed_targets, mend
 from corda_convert.operations.options import Outcome, RunOptions
 from corda_convert.operations.production import Input, Production, output_dtype, produce, read_ahead
+from corda_convert.operations.server_rules import SERVERS, Server
 from corda_convert.operations.transforms import CastTransform
 from corda_convert.output.model_card import Card
 from corda_convert.output.side_files import json_file, override
@@ -53,6 +56,7 @@ class ToLoraOptions:
         energy: the share of `‖ΔW‖²` that each module keeps, with as small a rank as that takes.
         weight_by: covariances of the layers' inputs: the error of their outputs counts instead, `‖(ΔW − BA) C^½‖`.
         uniform: one rank for all modules, without patterns, with zeros where a module has less.
+        server: vllm, sglang, llama.cpp or peft: what it does not take is mended, or refused.
         as_is: trust the user that everything given belongs together.
     """
 
@@ -64,6 +68,7 @@ class ToLoraOptions:
     energy: float | None = None
     weight_by: Path | str | None = None
     uniform: bool = False
+    server: Server | None = None
     as_is: bool = False
 
     @property
@@ -116,6 +121,10 @@ def _check_options(options: ToLoraOptions, adapters: Sequence[Path], initials: S
             UnsupportedInput(
                 f"--energy is {options.energy:g}, a share above 0 and up to 1 was expected, such as 0.999."
             )
+        )
+    if options.server not in (None, *SERVERS):
+        problems.append(
+            UnsupportedInput(f"Unknown server {options.server!r}.", next_step=f"Choose one of {', '.join(SERVERS)}.")
         )
     if options.weight_by is not None and not options.is_reduced:
         problems.append(
@@ -172,15 +181,14 @@ def _check_needed(source: LoraSource, options: ToLoraOptions, run: RunOptions) -
         )
     is_one = all(len(module.summands) == 1 and module.dense is None for module in source.modules)
     is_lora = str(source.config.get("peft_type")).upper() == "LORA"
-    asked = (
-        options.is_reduced or options.uniform or run.dtype is not None or any(scale != 1 for scale in options.scales)
-    )
+    asked = options.is_reduced or options.uniform or options.server is not None or run.dtype is not None
+    asked = asked or any(scale != 1 for scale in options.scales)
     if is_one and is_lora and not asked and len(source.options.get("adapters", ())) == 1:
         raise UnsupportedInput(
             f"{source.options['adapters'][0]} is an ordinary LoRA already.",
             why="Neither --init nor a rank is given, so there is nothing to convert.",
             next_step="Give its initial adapter with --init if it was trained beside a residual; --rank, --energy, --uniform, "
-            "--scale or --dtype to change it.",
+            "--scale, --for or --dtype to change it.",
         )
 
 
@@ -192,40 +200,68 @@ class _Ranks:
     stored: int
 
 
-def _production(source: LoraSource, options: ToLoraOptions, run: RunOptions, output: Path) -> Production:
-    matrices = None if options.weight_by is None else read_covariances(Path(options.weight_by))
-    weights = _covariances(source, matrices)
-    ranks = _ranks(source, options, weights, run.torch_device())
-    is_baked = not (
-        source.keeps_scaling
-        and all(
-            ranks[module.key].stored == module.rank == 2 * module.summands[0].rank and module.dense is None
-            for module in source.modules
-        )
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """Ranks by the modules' keys, and the config that goes with them."""
+
+    ranks: Mapping[str, _Ranks]
+    config: Mapping[str, Any]
+    is_baked: bool
+
+
+def _result(
+    source: LoraSource, options: ToLoraOptions, chosen: Mapping[str, int], wishes: Wishes, base: str | None
+) -> _Result:
+    """What the result is with the ranks that were chosen, module by module."""
+    ranks = _ranks(source, options, chosen, wishes)
+    keeps_scaling = source.keeps_scaling and not wishes.plain_scaling
+    is_baked = not keeps_scaling or not all(
+        ranks[module.key].stored == module.rank == 2 * module.summands[0].rank and module.dense is None
+        for module in source.modules
     )
-    base = options.base or source.base
     if is_baked:
         patterned = {module.pattern_name: ranks[module.key].stored for module in source.modules}
         config = baked_config(source.config, patterned, base)
     else:
         config = doubled_config(source.config, read_scaling(dict(source.config)), base)
-    tensors = _tensors(source, ranks, weights, run.output_dtype, is_baked=is_baked)
+    if wishes.list_targets and isinstance(config.get("target_modules"), str):
+        config |= {"target_modules": listed_targets(source)}
+    return _Result(ranks, config, is_baked)
+
+
+def _production(source: LoraSource, options: ToLoraOptions, run: RunOptions, output: Path) -> Production:
+    matrices = None if options.weight_by is None else read_covariances(Path(options.weight_by))
+    weights = _covariances(source, matrices)
+    device = run.torch_device()
+    base = options.base or source.base
+    chosen = {module.key: _rank(module, options, weights.get(module.key), device) for module in source.modules}
+    wishes, served = Wishes(uniform=options.uniform), None
+    if options.server is not None:
+
+        def facts_for(wishes: Wishes) -> AdapterFacts:
+            result = _result(source, options, chosen, wishes, base)
+            return facts_of_result(source, {key: each.stored for key, each in result.ranks.items()}, result.config)
+
+        wishes, served = mend(options.server, wishes, facts_for)
+    result = _result(source, options, chosen, wishes, base)
     inputs = source.inputs
     if matrices is not None:
         inputs = (*inputs, Input("covariances", matrices.path, matrices.files))
+    tensors = _tensors(source, result.ranks, weights, run.output_dtype, is_baked=result.is_baked)
     return Production(
         command="to-lora",
         options=_options(source, options, run),
         output=output,
         inputs=inputs,
         files=(OutputFileSpec(WEIGHTS_FILE, tensors, {"format": "pt"}),),
-        side_files=override((json_file(CONFIG_FILE, config),), source.side_files),
+        side_files=override((json_file(CONFIG_FILE, result.config),), source.side_files),
         facts={
-            "scaling_baked_in": is_baked,
-            "rank": config["r"],
-            "alpha": config["lora_alpha"],
-            "ranks": sorted({each.stored for each in ranks.values()}),
+            "scaling_baked_in": result.is_baked,
+            "rank": result.config["r"],
+            "alpha": result.config["lora_alpha"],
+            "ranks": sorted({each.stored for each in result.ranks.values()}),
             **source.facts,
+            **({} if served is None else {"served": served.facts()}),
         },
         card=_card(source, base),
         warnings=(*_warnings(source, base, run), *source.warnings),
@@ -240,6 +276,7 @@ def _options(source: LoraSource, options: ToLoraOptions, run: RunOptions) -> dic
         "energy": options.energy,
         "weight_by": None if options.weight_by is None else Path(options.weight_by).name,
         "uniform": options.uniform,
+        "for": options.server,
         "as_is": options.as_is,
         "dtype": run.dtype,
     }
@@ -273,18 +310,17 @@ def _covariances(source: LoraSource, matrices: Covariances | None) -> Mapping[st
     return {key: ref for key, ref in found.items() if ref is not None}
 
 
-def _ranks(
-    source: LoraSource, options: ToLoraOptions, weights: Mapping[str, TensorRef], device: torch.device
-) -> dict[str, _Ranks]:
-    """The rank of each module, by its key. With `--energy` the inputs are read for it."""
-    chosen = {module.key: _rank(module, options, weights.get(module.key), device) for module in source.modules}
+def _ranks(source: LoraSource, options: ToLoraOptions, chosen: Mapping[str, int], wishes: Wishes) -> dict[str, _Ranks]:
+    """The rank of each module as it is stored, by its key."""
     together: dict[str, int] = {}
     for module in source.modules:  # those of one pattern have one rank in PEFT
         together[module.pattern_name] = max(together.get(module.pattern_name, 0), chosen[module.key])
-    if options.uniform:
+    if wishes.uniform:
         together = dict.fromkeys(together, max(together.values()))
         if options.rank is not None and options.energy is None:
             together = dict.fromkeys(together, options.rank)
+    if wishes.most_rank is not None:
+        together = {name: min(rank, wishes.most_rank) for name, rank in together.items()}
     return {module.key: _stored_as(module, together[module.pattern_name]) for module in source.modules}
 
 

@@ -126,6 +126,10 @@ def _details(receipt: Mapping[str, Any]) -> list[str]:
             f"  LoRA     rank {ranks}, alpha {'the rank' if ',' in ranks else format(receipt['alpha'], 'g')}{baked}"
         )
         lines += _reduction(receipt.get("tensors", ()))
+        served = receipt.get("served", {})
+        lines += [f"  mended   {what}" for what in served.get("mended", ())]
+        lines += [f"  serve    {command}" for command in served.get("command", ())]
+        lines += [f"  depends  {what}" for what in served.get("depends", ())]
     summary = receipt.get("summary", {})
     if summary.get("weight_norm"):
         text = f"  change   ‖ΔW‖/‖W‖ {summary['delta_norm'] / summary['weight_norm']:.2e}"
