@@ -1,4 +1,4 @@
-"""The transforms that need no method of their own: folding an adapter, casting, replacing, joining factors."""
+"""The transforms that need no method of their own: folding an adapter, casting, replacing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from math import fsum, isfinite, lcm, prod, sqrt
 from typing import TYPE_CHECKING, Literal
 
 from corda_convert.adapters.factors import Block, ParameterChange, RowFold
-from corda_convert.checkpoint.tensors import DTYPE_BITS, TensorRef, TensorSpec, read_rows, torch_dtype
+from corda_convert.checkpoint.tensors import DTYPE_BITS, TensorRef, read_rows, torch_dtype
 from corda_convert.errors import CordaConvertError, NotFinite
 from corda_convert.plan.model import Facts, Session
 from corda_convert.plan.packing import row_blocks
@@ -441,65 +441,3 @@ class _CastSession:
 
     def facts(self) -> Facts:
         return {"from": self.transform.source.spec.dtype}
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One operand of a join, and the number it is multiplied with."""
-
-    ref: TensorRef
-    factor: float
-
-
-@dataclass(frozen=True, slots=True)
-class JoinTransform:
-    """Puts LoRA factors together along one dimension, each times its factor: `[A; A₀]`, `[B | −B₀]`."""
-
-    parts: tuple[Part, ...]
-    dim: int
-    output: TensorSpec
-
-    action = "concatenated"
-    row_quantum = 1
-    streamed: Mapping[str, TensorRef] = field(default_factory=dict)
-
-    @property
-    def whole(self) -> Mapping[str, TensorRef]:
-        return {str(index): part.ref for index, part in enumerate(self.parts)}
-
-    def workspace_bytes(self, rows: int) -> int:
-        return _bytes(2 * self.output.elements)
-
-    def begin(self, device: torch.device) -> Session:
-        return _JoinSession(self)
-
-
-@dataclass(slots=True)
-class _JoinSession:
-    transform: JoinTransform
-
-    def prepare(self, operands: Mapping[str, Tensor]) -> None:
-        """There are none."""
-
-    def step(self, first_row: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-        import torch
-
-        (output,) = outputs.values()
-        begin = 0
-        for index, part in enumerate(self.transform.parts):
-            tensor = inputs[str(index)]
-            if not bool(torch.isfinite(tensor).all()):
-                raise NotFinite(
-                    f"{part.ref.name} in {part.ref.file.path} holds NaN or Inf.",
-                    why="The training diverged, or the file is damaged.",
-                    next_step="Use an earlier checkpoint of the training.",
-                )
-            size = tensor.shape[self.transform.dim]
-            target = output.narrow(self.transform.dim, begin, size)
-            target.copy_(tensor if part.factor == 1.0 else tensor.float() * part.factor)
-            begin += size
-        if not bool(torch.isfinite(output).all()):
-            raise _overflow(self.transform.output.name, self.transform.output.dtype)
-
-    def facts(self) -> Facts:
-        return {"parts": [part.ref.name for part in self.transform.parts]}
