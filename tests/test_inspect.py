@@ -373,6 +373,21 @@ def test_covariances_of_others(tmp_path: Path) -> None:
     assert "--method asvd" in found["next"][0]
 
 
+def test_what_is_no_covariance_file_but_looks_like_one(tmp_path: Path) -> None:
+    save_file({f"{UP}.weight": covariance(16)}, tmp_path / "square.safetensors")
+    assert facts(tmp_path / "square.safetensors")["kind"] == "checkpoint"
+    ours = {"format": "corda_convert.covariances", "format_version": "1"}
+    save_file({UP: torch.ones(16, 8)}, tmp_path / "ours.safetensors", ours)
+    with pytest.raises(CordaConvertError, match="holds tensors that are no covariances"):
+        inspect(tmp_path / "ours.safetensors")
+
+
+@pytest.mark.parametrize(("tokens", "few"), [(159, True), (160, False)])
+def test_ten_tokens_for_each_input_are_enough(tmp_path: Path, tokens: int, few: bool) -> None:
+    ours = {"format": "corda_convert.covariances", "format_version": "1", "tokens": str(tokens)}
+    assert facts(write_covariances(tmp_path / "c.safetensors", {UP: covariance(16)}, ours))["has_few_tokens"] is few
+
+
 def test_covariances_in_shards_and_few_tokens(tmp_path: Path) -> None:
     ours = {"format": "corda_convert.covariances", "format_version": "1", "tokens": "12"}
     (tmp_path / "covs").mkdir()
@@ -497,6 +512,39 @@ def test_unknown_things_get_one_clear_message(command: Command, tmp_path: Path) 
         assert (ran.status, ran.out) == (1, "")
         assert ran.err.startswith("Error: ")
         assert message in ran.err
+
+
+ODD = (0, -1, 2.5, "x", "", [], [1], {}, {"x": 1}, {"x": [1]}, None, True)
+
+
+@pytest.mark.parametrize("name", ["lora_patterns", "corda", "miss_mini", "bone_bat", "lora_modules_to_save"])
+def test_no_odd_value_in_an_adapters_config_is_a_traceback(command: Command, tmp_path: Path, name: str) -> None:
+    config = read_json(ADAPTERS / name / "adapter_config.json")
+    (tmp_path / "adapter_model.safetensors").symlink_to(ADAPTERS / name / "adapter_model.safetensors")
+    for key in (*config, "token_indices"):
+        for odd in ODD:
+            write_json(tmp_path / "adapter_config.json", {**config, key: odd})
+            ran = command("inspect", tmp_path, "--for", "sglang")
+            assert ran.err.startswith("Error: ") if not ran.out else ran.err == "", (key, odd)
+
+
+def test_no_odd_value_in_a_models_config_is_a_traceback(command: Command, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model")
+    for key in (*LLAMA_CONFIG, "text_config", "quantization_config", "lora_r", "auto_map"):
+        for odd in ODD:
+            write_json(folder / "config.json", {**LLAMA_CONFIG, key: odd})
+            assert command("inspect", folder).status in (0, 1), (key, odd)
+
+
+def test_a_folder_that_may_not_be_read_is_one_message(command: Command, tmp_path: Path) -> None:
+    def forbidden(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "iterdir", forbidden)
+        ran = command("inspect", tmp_path, COVARIANCES)
+    assert (ran.status, ran.err) == (1, f"Error: {tmp_path} cannot be read: Permission denied.\n")
+    assert str(COVARIANCES) in ran.out
 
 
 LOADED = """

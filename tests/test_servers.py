@@ -52,6 +52,14 @@ def test_whole_norms_are_left_out_by_llama_cpp_without_a_word(tmp_path: Path) ->
     assert found(adapter, "vllm") == {"modules_to_save": ("refused", None)}
 
 
+def test_norms_by_either_name_and_rslora_of_rank_one(tmp_path: Path) -> None:
+    tensors = {**lora_tensors(), "base_model.model.model.layers.0.input_layernorm.weight": torch.ones(16)}
+    adapter = write_adapter(tmp_path / "a", tensors, lora_config(modules_to_save=["input_layernorm"]))
+    assert found(adapter, "llama.cpp") == {"norms": ("wrong", None)}
+    assert found(write_lora(tmp_path / "b", rank=1, use_rslora=True), "sglang") == {}
+    assert found(write_lora(tmp_path / "c", rank=2, use_rslora=True), "sglang") == {"rslora": ("wrong", "scaling")}
+
+
 def test_patterns_that_change_the_scaling(tmp_path: Path) -> None:
     """r 8 and alpha 16 for all but UP, which has rank 4."""
     modules = {name: shape for name, shape in LINEARS.items() if name != UP}
@@ -111,6 +119,8 @@ def test_a_scaling_is_objected_to_exactly_where_the_server_computes_another(
     if not rank_pattern:  # SGLang refuses other ranks whatever the scaling
         assert bool(wrong) == bool(objections)
     assert set(objections.values()) <= {"uniform", "scaling"}
+    if server != "vllm":
+        assert ("scaling" in objections, "rslora" in objections) == (bool(alpha_pattern), rslora)
 
 
 def test_dora_needs_merging_where_there_is_none(tmp_path: Path) -> None:
@@ -233,6 +243,8 @@ def test_embeddings_heads_and_experts_depend_on_the_model(tmp_path: Path) -> Non
     (finding,) = check(facts(adapter), "vllm")
     assert (finding.rule, finding.severity, finding.is_obstacle) == ("embeddings", "depends", False)
     assert finding.what == "factors for lm_head, model.embed_tokens"
+    other = {name.replace("embed_tokens", "positions"): tensor for name, tensor in tensors.items() if "embed" in name}
+    assert found(write_adapter(tmp_path / "p", other, lora_config()), "vllm") == {"embeddings": ("depends", None)}
     assert fixes([finding]) == Fixes()
     assert found(adapter, "llama.cpp") == {"head": ("depends", None)}
     assert found(adapter, "sglang") == {}

@@ -28,7 +28,7 @@ from corda_convert.checkpoint.folder import (
 from corda_convert.checkpoint.pickle_file import PickleFile
 from corda_convert.checkpoint.safetensors_file import SafetensorsFile
 from corda_convert.checkpoint.tensors import TensorFile, TensorSpec
-from corda_convert.errors import CordaConvertError, InputNotFound, UnsupportedInput, some
+from corda_convert.errors import CordaConvertError, InputNotFound, MalformedFile, UnsupportedInput, some
 from corda_convert.operations import inspect_adapter, inspect_model
 from corda_convert.operations.adapter_facts import facts_of
 from corda_convert.operations.server_rules import Server
@@ -86,7 +86,10 @@ def inspect(path: Path | str, *, base: Path | str | None = None, server: Server 
         raise missing_path(path, "file or folder")
     if asked.base is not None and not asked.base.exists():
         raise missing_path(asked.base, "model")
-    facts = _inspect_folder(path, asked) if path.is_dir() else _inspect_file(path, asked)
+    try:
+        facts = _inspect_folder(path, asked) if path.is_dir() else _inspect_file(path, asked)
+    except OSError as error:
+        raise MalformedFile(f"{error.filename or path} cannot be read: {error.strerror}.") from None
     commands = list(facts.pop("next"))
     if path.is_dir():
         facts["receipt"] = facts.get("receipt") or inspect_model.receipt_of(path)

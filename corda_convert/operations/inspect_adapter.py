@@ -41,6 +41,7 @@ def read_any_adapter(path: Path, *, is_initial: bool = False) -> Adapter:
 def describe_adapter(adapter: Adapter, facts: AdapterFacts, path: Path) -> dict[str, Any]:
     """What an adapter is, for the JSON object."""
     config, source = adapter.source.config, adapter.source
+    corda = config.get("corda_config")
     is_file = source.is_file
     scaling = None if is_file or adapter.kind != "lora" else read_scaling(config)
     trained = {change.module_name: change for change in adapter.modules}
@@ -52,7 +53,7 @@ def describe_adapter(adapter: Adapter, facts: AdapterFacts, path: Path) -> dict[
         "is_initial": is_initial(path),
         "trained_beside_residual": facts.residual or None,
         "init": None if is_file else facts.init,
-        "corda_method": (config.get("corda_config") or {}).get("corda_method"),
+        "corda_method": corda.get("corda_method") if isinstance(corda, dict) else None,
         "rank": facts.rank or max(facts.ranks.values(), default=None),
         "alpha": None if is_file or facts.alpha is None else plain(facts.alpha),
         "use_rslora": facts.use_rslora,
@@ -142,7 +143,7 @@ def _touched(adapter: Adapter, checkpoint: Checkpoint) -> tuple[dict[str, Any], 
     """The tensors that change, and warnings of the merge. Raises every problem together."""
     names = NameMap(checkpoint, structure_for(checkpoint, [adapter]))
     edits = collect_edits([Applied(adapter)], [fit_changes(adapter, names)], names)
-    changed = [name for name, edit in edits.tensors.items() if not edit.is_empty]
+    changed = list(edits.tensors)
     sources = {edit.source for edit in edits.tensors.values()}
     touched = {
         "tensors": len(changed),

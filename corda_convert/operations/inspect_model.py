@@ -35,6 +35,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     config = checkpoint.config or {}
     inner = config.get("text_config")
     text = inner if isinstance(inner, dict) else config
+    architectures = config.get("architectures")
     measured = sizes(specs, [shard.path for shard in checkpoint.shards])
     if quantization is not None:
         measured["parameters"] = _plain_parameters(checkpoint, quantization)
@@ -45,7 +46,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "form": form,
         "name": checkpoint.name,
         "is_pickled": checkpoint.is_pickled,
-        "architecture": next(iter(config.get("architectures") or []), None),
+        "architecture": str(architectures[0]) if isinstance(architectures, list) and architectures else None,
         "model_type": config.get("model_type"),
         "layers": text.get("num_hidden_layers") or _layers(specs),
         "hidden_size": text.get("hidden_size"),

@@ -81,7 +81,7 @@ def check(facts: AdapterFacts, server: Server) -> tuple[Finding, ...]:
 
 def fixes(findings: Sequence[Finding]) -> Fixes:
     """What `to-lora` has to do about the findings, and which of them it cannot mend."""
-    wanted = {finding.fix for finding in findings if finding.is_obstacle}
+    wanted = {finding.fix for finding in findings}
     return Fixes(
         subtract_initial="initial" in wanted,
         convert_blocks="blocks" in wanted,
