@@ -228,6 +228,39 @@ def test_the_adapter_alone_and_the_residual_made_of_it(tmp_path: Path) -> None:
 # On disk
 
 
+def test_a_stack_of_square_matrices_merges_as_peft_loads_it(tmp_path: Path) -> None:
+    model = tiny("granitemoe")
+    model.config.intermediate_size = 32
+    torch.manual_seed(0)
+    type(model)(model.config).save_pretrained(tmp_path / "base")
+    base = loaded(model, tmp_path / "base")
+    decompose(tmp_path / "base", output=tmp_path / "out", options=options(targets=("experts.down_proj",)))
+    assert len({stack.shape for stack in stacks_of(base, ("down_proj",)).values()} & {(EXPERTS, 32, 32)}) == 1
+    assert difference(beside(base, tmp_path / "out"), base) < 1e-5
+    merge(tmp_path / "out", adapter=tmp_path / "out" / "corda_init", output=tmp_path / "merged")
+    assert farthest(loaded(base, tmp_path / "merged"), base) < 1e-6
+
+
+def test_experts_that_lie_transposed_on_disk_are_written_back_so(tmp_path: Path) -> None:
+    base = saved("qwen3_vl_moe", tmp_path / "plain")
+    tensors = load_file(tmp_path / "plain" / "model.safetensors")
+    flipped = {
+        name: tensor.transpose(1, 2).contiguous() if name.endswith(BOTH) else tensor for name, tensor in tensors.items()
+    }
+    write_checkpoint(tmp_path / "flipped", flipped, config=read_json(tmp_path / "plain" / "config.json"))
+    for name in ("plain", "flipped"):
+        decompose(tmp_path / name, output=tmp_path / f"{name}_out", options=options())
+    ours, theirs = (load_file(tmp_path / f"{name}_out" / "model.safetensors") for name in ("flipped", "plain"))
+    stacks = [name for name in tensors if name.endswith(BOTH)]
+    assert len(stacks) == 4
+    for name in tensors:
+        expected = theirs[name].transpose(1, 2) if name in stacks else theirs[name]
+        assert torch.equal(ours[name], expected)
+        assert torch.equal(ours[name], flipped[name]) == (name not in stacks)
+    together = beside(base, tmp_path / "flipped_out")
+    assert difference(together, base) < 1e-5
+
+
 def test_experts_in_several_shards_and_in_another_order(tmp_path: Path) -> None:
     base = saved("qwen3_moe", tmp_path / "whole")
     tensors = load_file(tmp_path / "whole" / "model.safetensors")
@@ -360,7 +393,7 @@ def write_contexts(path: Path, base: PreTrainedModel, kind: str, *, is_scale: bo
     for place, (name, stack) in enumerate(stacks_of(base).items()):
         module, _, parameter = name.rpartition(".")
         is_down = parameter == "down_proj"
-        d_in = stack.shape[1] if type(base).__name__.startswith("GptOss") else stack.shape[2]
+        d_in = stack.shape[1] if type(base).__name__.startswith(("GptOss", "Llama4")) else stack.shape[2]
         for expert in range(EXPERTS):
             end = {"expert": f".{expert}.{parameter}", "short": f".{expert}", "layer": ""}[kind]
             key = module + (end if not is_down or kind == "expert" else f"{end}.down_proj")
@@ -372,7 +405,7 @@ def write_contexts(path: Path, base: PreTrainedModel, kind: str, *, is_scale: bo
     return used
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4_text"])
 @pytest.mark.parametrize("kind", ["layer", "short", "expert"])
 @pytest.mark.parametrize("method", ["corda", "svd-llm", "asvd"])
 def test_covariances_are_of_the_layer_or_of_each_expert(tmp_path: Path, family: str, kind: str, method: str) -> None:
@@ -394,7 +427,7 @@ def test_covariances_are_of_the_layer_or_of_each_expert(tmp_path: Path, family: 
                 values, vectors = torch.linalg.eigh(C)
                 T = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
             W, left = stack[expert], residual[name][expert].double()
-            W, left = (W.T, left.T) if family == "gpt_oss" else (W, left)
+            W, left = (W.T, left.T) if family in IN_FIRST else (W, left)
             assert torch.allclose(left, W.double() - projected(W, RANK, "kpm", T), atol=1e-5)
     assert difference(beside(base, tmp_path / "out"), base) < 1e-5
     stored = sum(tensor.nbytes for tensor in load_file(path).values())
@@ -439,6 +472,17 @@ def test_the_names_of_a_checkpoints_own_experts_are_found(tmp_path: Path) -> Non
     for path in (old, new):
         decompose(tmp_path / "base", output=tmp_path / path.stem, options=options("corda"), covariances=path)
     assert (tmp_path / "old/model.safetensors").read_bytes() == (tmp_path / "new/model.safetensors").read_bytes()
+
+
+def test_the_modules_inputs_are_not_those_of_the_down_projection(refusal: Refusal, tmp_path: Path) -> None:
+    """Although they are as many in this model."""
+    saved("gpt_oss", tmp_path / "base")
+    module = "model.layers.0.mlp.experts"
+    path = write_covariances(tmp_path / "c.safetensors", {module: covariance(32), f"{module}.1": covariance(32)})
+    message = refusal("decompose", tmp_path / "base", "--cov", path, "--mode", "ipm", "--rank", "2",
+                      "--target", "0.mlp.experts.down_proj")  # fmt: skip
+    assert message.startswith(f"No covariance for experts of 1 of 1 stacks: {module}.down_proj.\n")
+    assert f"Of {module}.0.down_proj none of these is there: {module}.0.down_proj, {module}.down_proj.\n" in message
 
 
 def test_missing_covariances_are_named(refusal: Refusal, tmp_path: Path) -> None:
