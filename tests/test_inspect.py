@@ -486,6 +486,56 @@ def test_the_status_says_whether_a_server_takes_it(command: Command, tmp_path: P
     assert (found["takes_it"], [finding["severity"] for finding in found["findings"]]) == (True, ["depends"])
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(f"adapters/{name}" for name in ("corda", "lora", "lora_patterns", "lora_modules_to_save", "miss_mini")),
+        *("adapters/miss_bat", "adapters/bone", "residual", "residual/corda_init", "model"),
+        *("covariances/task.safetensors", "covariances/task.peft.pt"),
+    ],
+)
+def test_the_commands_that_are_offered_run(done: Command, at_root: None, tmp_path: Path, path: str) -> None:
+    """With the words in capitals replaced; as dry runs."""
+    trained = "adapters/lora" if path == "model" else "adapters/corda"
+    given = {
+        "BASE": "fixtures/model",
+        "MODEL": "fixtures/model",
+        "RANK": "4",
+        "OUT": "out",
+        "RESIDUAL": "out",
+        "COVARIANCES": str(COVARIANCES),
+        "ADAPTER": f"fixtures/{trained}",
+        "TRAINED": f"fixtures/{trained}",
+    }
+    commands = facts(Path("fixtures") / path)["next"]
+    assert commands
+    for command in commands:
+        program, *words = (given.get(word, word) for word in command.split())
+        assert program == "corda-convert"
+        words[words.index("-o") + 1] = str(tmp_path / "out")
+        done(*words, "--dry-run")
+
+
+@pytest.mark.parametrize("server", ["vllm", "sglang", "llama.cpp", "peft"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("corda", ("--init", "fixtures/residual/corda_init")),
+        ("lora_patterns", ()),
+        ("miss_mini", ("--base", "fixtures/model")),
+    ],
+)
+def test_what_to_lora_makes_for_a_server_is_taken_by_it(
+    command: Command, done: Command, at_root: None, tmp_path: Path, name: str, options: tuple[str, ...], server: str
+) -> None:
+    adapter = f"fixtures/adapters/{name}"
+    done("to-lora", adapter, *options, "--for", server, "-o", tmp_path / "lora", "-q")
+    lines = screen(command, tmp_path / "lora", "--for", server)
+    assert f"  server   {server} takes it as it is" in lines
+    before = 0 if server == "peft" and name != "corda" else 1
+    assert command("inspect", adapter, "--for", server).status == before
+
+
 @pytest.mark.parametrize("path", [MODEL, COVARIANCES])
 def test_what_is_asked_of_adapters_is_refused_of_others(command: Command, path: Path) -> None:
     ran = command("inspect", path, "--for", "vllm")

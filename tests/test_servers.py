@@ -311,3 +311,12 @@ def document_rows(server: Server) -> list[str]:
         for rule in RULES
         if rule.server == server
     ]
+
+
+def test_the_example_of_the_document_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(FIXTURES.parent)
+    example = DOCUMENT.read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    exec(example, {})
+    printed = capsys.readouterr().out
+    assert printed.startswith("wrong it was trained beside a residual to-lora --init INIT makes it")
+    assert "subtract_initial=True" in printed
