@@ -268,6 +268,7 @@ def test_numbers_that_make_no_sense_are_refused(
         (
             "embed_tokens",
             "--target 'embed_tokens' matches no Linear layer.\n"
+            "model.embed_tokens.weight is of another kind; only Linear layers and experts are decomposed.\n"
             "The layers end in: down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj.",
         ),
     ],
