@@ -804,3 +804,22 @@ def test_a_place_for_the_cache_that_cannot_be_is_refused_before_any_work(
     assert ("would lie inside the output" if place.startswith("out") else "taken.pt exists") in ran.err
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "taken.pt").read_bytes() == b"mine"
+
+
+def test_modules_without_a_certificate_are_warned_of() -> None:
+    from corda_convert.operations.certificates import certificate_warnings
+
+    def entry(name: str, *, holds: bool, relative: float) -> dict[str, Any]:
+        certificate = {"holds": holds, "relative_residual": relative}
+        return {"name": f"{name}.weight", "module": name, "solver": "dense-svd", "certificate": certificate}
+
+    good, bad, worse = (
+        entry("a", holds=True, relative=3.0),
+        entry("b", holds=False, relative=0.1),
+        entry("c", holds=False, relative=2.0),
+    )
+    assert certificate_warnings([{"name": "norm"}, good]) == ()
+    (warning,) = certificate_warnings([good, bad, worse])
+    assert "2 modules" in warning
+    assert "b, c" in warning
+    assert "The worst is c" in warning

@@ -17,6 +17,7 @@ from corda_convert.checkpoint.safetensors_file import SafetensorsFile
 from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorFile
 from corda_convert.distributed import Place, threads_of_this_process
 from corda_convert.operations import process_memory
+from corda_convert.operations.certificates import certificate_warnings
 from corda_convert.operations.covariance_warnings import covariance_warnings
 from corda_convert.operations.dequantize import DequantizeTransform
 from corda_convert.operations.options import Outcome, RunOptions
@@ -226,7 +227,11 @@ def _fill(
         side_file.write(folder)
     tensors = _tensor_facts(plan, {**before.facts, **done.facts})
     summary = summarize(tensors)
-    found = (*rounding_warnings(tensors), *covariance_warnings(tensors, receipt.get("covariances")))
+    found = (
+        *rounding_warnings(tensors),
+        *covariance_warnings(tensors, receipt.get("covariances")),
+        *certificate_warnings(tensors),
+    )
     receipt = {**receipt, "warnings": [*receipt["warnings"], *found]}
     inputs = _inputs(production, done.inputs)
     facts = {**receipt, "inputs": inputs, "tensors": tensors, "summary": summary}
