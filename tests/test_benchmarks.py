@@ -125,3 +125,44 @@ def test_a_traced_merge_tells_of_every_stage(inputs: tuple[Path, Path], tmp_path
     picture = ElementTree.fromstring(timeline.svg(trace, 2, "a < b"))
     assert {lane.name for lane in timeline.lanes(trace)} <= {text.text for text in picture.iter() if text.text}
     assert "of 2 cores were in use" in timeline.text(trace, 2)
+
+
+def test_converted_loras_are_judged_against_the_change_that_they_stand_for(
+    inputs: tuple[Path, Path],
+    tmp_path: Path,
+    module: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make, checkpoint = module("make_lora_inputs"), module("make_checkpoint")
+    shape = checkpoint.LlamaShape(hidden=32, intermediate=48, vocabulary=70, heads=4, kv_heads=2, head_dim=8, layers=2)
+    model, initial = inputs
+    monkeypatch.setattr(make, "MISS_RANK", 8)
+    for part, write in {
+        "trained": lambda folder: make.write_trained(folder, initial),
+        "balance": lambda folder: make.write_blocks(folder, shape, model.name, "balance"),
+        "bat": lambda folder: make.write_blocks(folder, shape, model.name, "bat"),
+        "tuned": lambda folder: make.write_tuned(folder, model),
+    }.items():
+        checkpoint.make(tmp_path / part, write)
+    options = {
+        "residual": ["trained", "--init", initial, "--as-is"],
+        "balance": ["balance", "--base", model],
+        "bat": ["bat", "--base", model, "--rank", "32"],
+        "tuned": ["--from-checkpoints", model, "tuned", "--rank", "32"],
+    }
+    for kind, arguments in options.items():
+        program = [sys.executable, "-m", "corda_convert", "to-lora", *map(str, arguments), "-o", f"out-{kind}", "-q"]
+        subprocess.run(program, check=True, cwd=tmp_path, capture_output=True)
+        source = tmp_path / ("trained" if kind == "residual" else kind)
+        output = tmp_path / f"out-{kind}"
+        capsys.readouterr()
+        module("to_lora_error").main(kind, str(model), str(source), str(initial), str(output))
+        right = json.loads(capsys.readouterr().out)[str(output)]
+        assert right["worst"] < 1e-6, kind
+        file = output / "adapter_model.safetensors"
+        wrong = load_file(file)
+        wrong["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"] *= 1.1
+        save_file(wrong, file)
+        module("to_lora_error").main(kind, str(model), str(source), str(initial), str(output))
+        assert json.loads(capsys.readouterr().out)[str(output)]["worst"] == pytest.approx(0.1, rel=0.01), kind
