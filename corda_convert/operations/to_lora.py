@@ -6,8 +6,9 @@ Here their ranks are chosen and the result is planned: factors put together as t
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import frexp
 from pathlib import Path
@@ -28,10 +29,11 @@ from corda_convert.operations.lora_modules import Carried, LoraModule, LoraSourc
 from corda_convert.operations.lora_reduction import ReduceTransform, energy_rank_of
 from corda_convert.operations.lora_serving import Wishes, facts_of_result, listed_targets, mend
 from corda_convert.operations.options import Outcome, RunOptions
-from corda_convert.operations.production import Input, Production, output_dtype, produce, read_ahead
+from corda_convert.operations.production import Input, Production, output_dtype, produce
 from corda_convert.operations.server_rules import SERVERS, Server
 from corda_convert.operations.transforms import CastTransform
 from corda_convert.output.model_card import Card
+from corda_convert.output.read_ahead import ReadAhead
 from corda_convert.output.side_files import json_file, override
 from corda_convert.plan.model import OutputFileSpec, Produced
 
@@ -93,16 +95,27 @@ def to_lora(
     """
     adapters, initials = _paths(adapter), _paths(init)
     _check_options(options, adapters, initials)
-    base = _readable_base(options, adapters)
-    if options.from_checkpoints is not None:
-        before, after = (Path(path) for path in options.from_checkpoints)
-        source = from_checkpoints(before, after)
-    else:
-        residual = None if options.residual is None else Path(options.residual)
-        source = from_adapters(Given(adapters, initials, options.scales, base, residual, options.as_is))
-    _check_needed(source, options, run)
-    with read_ahead((file for each in source.inputs if each.digest_always for file in each.files), run) as ahead:
+    with _read_ahead([*adapters, *initials], run) as ahead:
+        base = _readable_base(options, adapters)
+        if options.from_checkpoints is not None:
+            before, after = (Path(path) for path in options.from_checkpoints)
+            source = from_checkpoints(before, after)
+        else:
+            residual = None if options.residual is None else Path(options.residual)
+            source = from_adapters(Given(adapters, initials, options.scales, base, residual, options.as_is))
+        _check_needed(source, options, run)
         return produce(_production(source, options, run, Path(output)), run, ahead)
+
+
+@contextlib.contextmanager
+def _read_ahead(paths: Sequence[Path], run: RunOptions) -> Iterator[ReadAhead | None]:
+    """Hashes the adapters' weights, from before torch is imported, until the engine starts or the command is refused."""
+    files = [file for path in paths if (file := path / WEIGHTS_FILE).is_file()]
+    if run.dry_run or run.ranks.place.size > 1 or not files:
+        yield None
+        return
+    with ReadAhead(files) as ahead:
+        yield ahead
 
 
 def _paths(paths: Paths | None) -> tuple[Path, ...]:
