@@ -10,35 +10,33 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import frexp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corda_convert.adapters.lora import read_scaling
-from corda_convert.adapters.source import CONFIG_FILE, PEFT_PREFIX, WEIGHTS_FILE
+from corda_convert.adapters.source import CONFIG_FILE, WEIGHTS_FILE
 from corda_convert.checkpoint.covariances import Covariances, read_covariances
 from corda_convert.checkpoint.folder import Checkpoint, read_checkpoint
-from corda_convert.checkpoint.tensors import TensorRef, TensorSpec
+from corda_convert.checkpoint.tensors import TensorRef
 from corda_convert.errors import CordaConvertError, CovarianceMismatch, UnsupportedInput, raise_problems, some
 from corda_convert.operations.adapter_facts import AdapterFacts
 from corda_convert.operations.lora_adapters import Given, from_adapters
 from corda_convert.operations.lora_checkpoints import from_checkpoints
 from corda_convert.operations.lora_config import baked_config, doubled_config
-from corda_convert.operations.lora_join import JoinTransform, Part
-from corda_convert.operations.lora_modules import Carried, LoraModule, LoraSource
-from corda_convert.operations.lora_reduction import ReduceTransform, energy_rank_of
+from corda_convert.operations.lora_modules import LoraSource
+from corda_convert.operations.lora_ranks import Ranks, chosen_rank, stored_ranks
 from corda_convert.operations.lora_serving import Wishes, facts_of_result, listed_targets, mend
+from corda_convert.operations.lora_writing import operand_dtypes, planned_tensors
 from corda_convert.operations.options import Outcome, RunOptions
-from corda_convert.operations.production import Input, Production, output_dtype, produce
+from corda_convert.operations.production import Input, Production, produce
 from corda_convert.operations.server_rules import SERVERS, Server
-from corda_convert.operations.transforms import CastTransform
 from corda_convert.output.model_card import Card
 from corda_convert.output.read_ahead import ReadAhead
 from corda_convert.output.side_files import json_file, override
-from corda_convert.plan.model import OutputFileSpec, Produced
+from corda_convert.plan.model import OutputFileSpec
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 Paths = Path | str | Sequence[Path | str]
 """One path or several."""
@@ -206,18 +204,10 @@ def _check_needed(source: LoraSource, options: ToLoraOptions, run: RunOptions) -
 
 
 @dataclass(frozen=True, slots=True)
-class _Ranks:
-    """Of one module: the rank that is computed, and the one that is stored, with zeros."""
-
-    computed: int
-    stored: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Result:
     """Ranks by the modules' keys, and the config that goes with them."""
 
-    ranks: Mapping[str, _Ranks]
+    ranks: Mapping[str, Ranks]
     config: Mapping[str, Any]
     is_baked: bool
 
@@ -226,7 +216,8 @@ def _result(
     source: LoraSource, options: ToLoraOptions, chosen: Mapping[str, int], wishes: Wishes, base: str | None
 ) -> _Result:
     """What the result is with the ranks that were chosen, module by module."""
-    ranks = _ranks(source, options, chosen, wishes)
+    given = options.rank if options.energy is None else None
+    ranks = stored_ranks(source.modules, chosen, wishes, given)
     keeps_scaling = source.keeps_scaling and not wishes.plain_scaling
     is_baked = not keeps_scaling or not all(
         ranks[module.key].stored == module.rank == 2 * module.summands[0].rank and module.dense is None
@@ -247,7 +238,10 @@ def _production(source: LoraSource, options: ToLoraOptions, run: RunOptions, out
     weights = _covariances(source, matrices)
     device = run.torch_device()
     base = options.base or source.base
-    chosen = {module.key: _rank(module, options, weights.get(module.key), device) for module in source.modules}
+    chosen = {
+        module.key: chosen_rank(module, options.rank, options.energy, weights.get(module.key), device)
+        for module in source.modules
+    }
     wishes, served = Wishes(uniform=options.uniform), None
     if options.server is not None:
 
@@ -260,7 +254,7 @@ def _production(source: LoraSource, options: ToLoraOptions, run: RunOptions, out
     inputs = source.inputs
     if matrices is not None:
         inputs = (*inputs, Input("covariances", matrices.path, matrices.files))
-    tensors = _tensors(source, result.ranks, weights, run.output_dtype, is_baked=result.is_baked)
+    tensors = planned_tensors(source, result.ranks, weights, run.output_dtype, is_baked=result.is_baked)
     return Production(
         command="to-lora",
         options=_options(source, options, run),
@@ -323,118 +317,12 @@ def _covariances(source: LoraSource, matrices: Covariances | None) -> Mapping[st
     return {key: ref for key, ref in found.items() if ref is not None}
 
 
-def _ranks(source: LoraSource, options: ToLoraOptions, chosen: Mapping[str, int], wishes: Wishes) -> dict[str, _Ranks]:
-    """The rank of each module as it is stored, by its key."""
-    together: dict[str, int] = {}
-    for module in source.modules:  # those of one pattern have one rank in PEFT
-        together[module.pattern_name] = max(together.get(module.pattern_name, 0), chosen[module.key])
-    if wishes.uniform:
-        together = dict.fromkeys(together, max(together.values()))
-        if options.rank is not None and options.energy is None:
-            together = dict.fromkeys(together, options.rank)
-    if wishes.most_rank is not None:
-        together = {name: min(rank, wishes.most_rank) for name, rank in together.items()}
-    return {module.key: _stored_as(module, together[module.pattern_name]) for module in source.modules}
-
-
-def _stored_as(module: LoraModule, rank: int) -> _Ranks:
-    """What is computed of a module that has that rank in the result."""
-    most = _most(module)
-    return _Ranks(most if rank >= most else min(rank, *module.shape), rank)
-
-
-def _most(module: LoraModule) -> int:
-    """The largest rank that makes sense: that of the exact factors, or of the matrix."""
-    return module.rank if module.summands else min(module.shape)
-
-
-def _rank(module: LoraModule, options: ToLoraOptions, weight: TensorRef | None, device: torch.device) -> int:
-    most = _most(module)
-    if options.rank is not None and options.rank < most:
-        most = min(options.rank, *module.shape)
-    if options.energy is None:
-        return most
-    return energy_rank_of(module, options.energy, weight, min(most, *module.shape), device)
-
-
-def _tensors(
-    source: LoraSource,
-    ranks: Mapping[str, _Ranks],
-    weights: Mapping[str, TensorRef],
-    dtype: str | None,
-    *,
-    is_baked: bool,
-) -> tuple[Produced, ...]:
-    tensors: list[Produced] = []
-    for module in source.modules:
-        rank = ranks[module.key]
-        names = [f"{PEFT_PREFIX}{name}" for name in module.names]
-        shapes = module.shapes(rank.stored)
-        if module.dense is None and rank.computed >= module.rank:
-            tensors += _joined(module, names, shapes, dtype, is_baked=is_baked)
-            continue
-        stored = output_dtype("F64" if "F64" in _dtypes(module) else "F32", dtype)
-        specs = [TensorSpec(name, stored, shape) for name, shape in zip(names, shapes, strict=True)]
-        transform = ReduceTransform(module, rank.computed, specs[0], specs[1], weights.get(module.key))
-        tensors += [Produced(spec, transform) for spec in specs]
-    return (*tensors, *(_carry(carried, dtype, is_baked=is_baked) for carried in source.carried))
-
-
-def _joined(
-    module: LoraModule,
-    names: Sequence[str],
-    shapes: Sequence[tuple[int, ...]],
-    dtype: str | None,
-    *,
-    is_baked: bool,
-) -> list[Produced]:
-    """The factors as they are, side by side."""
-    scaling = module.scaling if is_baked else 1.0
-    stored = output_dtype(_exact_dtype(module, scaling), dtype)
-    rights = tuple(Part(summand.lora_A, 1.0) for summand in module.summands)
-    lefts = tuple(Part(summand.lora_B, summand.factor * scaling) for summand in module.summands)
-    specs = [TensorSpec(name, stored, shape) for name, shape in zip(names, shapes, strict=True)]
-    return [
-        Produced(spec, JoinTransform(parts, dim, spec))
-        for dim, (parts, spec) in enumerate(zip((rights, lefts), specs, strict=True))
-    ]
-
-
-def _dtypes(module: LoraModule) -> set[str]:
-    refs = [ref for summand in module.summands for ref in (summand.lora_A, summand.lora_B)]
-    refs += [] if module.dense is None else list(module.dense.operands.values())
-    return {ref.spec.dtype for ref in refs}
-
-
-def _exact_dtype(module: LoraModule, scaling: float) -> str:
-    """The dtype that holds all the factors as they are: rounding A₀ or B₀ would leave a part of `s·B₀A₀` in the result.
-
-    A scaling that is no power of two is not exact in 16 bits.
-    """
-    is_exact = all(abs(frexp(summand.factor * scaling)[0]) == 0.5 for summand in module.summands)
-    dtypes = _dtypes(module) | (set() if is_exact else {"F32"})
-    if "F64" in dtypes:
-        return "F64"
-    return dtypes.pop() if len(dtypes) == 1 else "F32"
-
-
-def _carry(carried: Carried, dtype: str | None, *, is_baked: bool) -> Produced:
-    """A tensor that goes along: cast, or times the scaling that the config does not have any more."""
-    ref = carried.ref
-    if is_baked and carried.factor != 1.0:
-        spec = TensorSpec(carried.name, output_dtype("F64" if ref.spec.dtype == "F64" else "F32", dtype), ref.shape)
-        column = ref.reshaped((ref.spec.elements, 1))
-        return Produced(spec, JoinTransform((Part(column, carried.factor),), 0, spec, action="carried"))
-    target = output_dtype(ref.spec.dtype, dtype)
-    return Produced(TensorSpec(carried.name, target, ref.shape), CastTransform(ref, target, action="carried"))
-
-
 def _warnings(source: LoraSource, base: str | None, run: RunOptions) -> tuple[str, ...]:
     warnings = []
     if not base:
         warnings.append("The new adapter names no base model. Give its name with --base, for tools that look it up.")
     joined = [module for module in source.modules if any(summand.factor < 0 for summand in module.summands)]
-    wide = {dtype for module in joined for dtype in _dtypes(module)} & {"F32", "F64"}
+    wide = {dtype for module in joined for dtype in operand_dtypes(module)} & {"F32", "F64"}
     if run.output_dtype in ("BF16", "F16") and wide:
         warnings.append(
             f"The factors are rounded to {run.dtype}. B·A and B₀·A₀ nearly cancel, so their difference, all that was "
