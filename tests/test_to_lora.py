@@ -664,3 +664,53 @@ def test_for_a_server_what_no_conversion_mends_is_refused(refusal: Refusal) -> N
     message = refusal("to-lora", ADAPTERS / "lora_modules_to_save", "--for", "vllm")
     assert message.startswith("vllm does not take the result as it is: whole weights: ")
     assert message.endswith("Merge the adapter into the base instead, or convert without --for.")
+
+
+# Other layers
+
+
+def other_layers(seed: int) -> dict[str, torch.Tensor]:
+    """Factors of a convolution, an embedding and a MultiheadAttention, as PEFT stores them."""
+    shapes = {
+        "conv.lora_A.weight": (4, 3, 2, 2), "conv.lora_B.weight": (6, 4, 1, 1),
+        "embed.lora_embedding_A": (4, 30), "embed.lora_embedding_B": (8, 4),
+        "attention.lora_A.weight": (4, 8), "attention.lora_B.weight": (24, 4),
+        "attention.base_layer.out_proj.lora_A.weight": (4, 8), "attention.base_layer.out_proj.lora_B.weight": (8, 4),
+    }  # fmt: skip
+    return {f"base_model.model.{name}": random(*shape, seed=seed + n) for n, (name, shape) in enumerate(shapes.items())}
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 3}, {"energy": 0.7}, {"uniform": True, "rank": 9}])
+def test_convolutions_embeddings_and_attention_keep_their_keys_and_shapes(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    config = lora_config(4, target_modules=["conv", "embed", "attention"], lora_alpha=2)
+    first = other_layers(70)
+    moved = {name: tensor + 0.1 * random(*tensor.shape, seed=n) for n, (name, tensor) in enumerate(first.items())}
+    initial, trained = write_adapter(tmp_path / "init", first, config), write_adapter(tmp_path / "a", moved, config)
+    to_lora(trained, init=initial, output=tmp_path / "out", options=ToLoraOptions(**options))
+    found, said = (
+        load_file(tmp_path / "out" / "adapter_model.safetensors"),
+        read_json(tmp_path / "out" / "adapter_config.json"),
+    )
+    assert found.keys() == moved.keys()
+    for name in [name for name in moved if "_A" in name]:
+        other = name.replace("_A", "_B")
+        A, B = found[name], found[other]
+        r = A.shape[0]
+        assert (A.shape[1:], B.shape[0], B.shape[1], B.shape[2:]) == (
+            moved[name].shape[1:], moved[other].shape[0], r, moved[other].shape[2:],
+        )  # fmt: skip
+        change = 0.5 * (_matrix(moved[other]) @ _matrix(moved[name]) - _matrix(first[other]) @ _matrix(first[name]))
+        module = name.removeprefix("base_model.model.").partition(".lora_")[0].removesuffix(".base_layer.out_proj")
+        scaling = said["alpha_pattern"].get(module, said["lora_alpha"]) / said["rank_pattern"].get(module, said["r"])
+        assert said["rank_pattern"].get(module, said["r"]) == r
+        missed = float((scaling * _matrix(B) @ _matrix(A) - change).norm())
+        values = torch.linalg.svdvals(change)
+        best = float(values[r:].norm()) if "rank" in options or "energy" in options else 0.0
+        assert missed == pytest.approx(best, rel=1e-5, abs=1e-5 * float(values[0]))
+        assert missed**2 <= (1 - options.get("energy", 0)) * float(values.norm()) ** 2
+
+
+def _matrix(factor: torch.Tensor) -> torch.Tensor:
+    return factor.double().flatten(1)
