@@ -135,11 +135,72 @@ def test_what_is_not_certified_is_done_again_and_said(monkeypatch: pytest.Monkey
     """Of equal singular values no solver can tell which are wanted; a Lanczos that is cut short does not get there."""
     monkeypatch.setattr(subspace, "_block", lambda rank: 1)
     monkeypatch.setattr(subspace, "MOST_PER_RANK", 2)
+    monkeypatch.setattr(subspace, "LEAST_BASIS", 0)
     M = matrix((600, 600), spectrum("flat", 600))
     found = solved(M, 24, "top")
     assert (found.solver, found.fallback_from) == ("dense-eigh", ("block-lanczos",))
     U, _, _ = torch.linalg.svd(M)
     assert subspace_distance(found.U, U[:, :24]) <= 1e-9
+
+
+@pytest.mark.parametrize("count", [20, 40])
+def test_equal_singular_values_beyond_a_block_are_not_missed(count: int) -> None:
+    """Lanczos sees as many of them as its block has columns, 8 here, and then takes what comes after them."""
+    values = torch.arange(1, 601, dtype=torch.float64).rsqrt() * 0.5 * math.sqrt(count)
+    values[:count] = 1.0
+    found = solved(matrix((600, 600), values), 24, "top")
+    assert found.is_certified
+    assert torch.allclose(found.singular_values, values[:24], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dead", [10, 20, 30])
+@pytest.mark.parametrize("shape", [(600, 600), (560, 600)])
+def test_rows_of_zeros_are_all_at_the_bottom(shape: tuple[int, int], dead: int) -> None:
+    """Against the inverse of nearly nothing, the inverses of all other singular values are rounding."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    weight[:: shape[0] // dead][:dead] = 0.0
+    found = solved(weight, 24, "bottom", T=CovarianceWeighting(context(600), 0.01))
+    exact = torch.linalg.svdvals(weight @ (context(600).double() + 0.01 * torch.eye(600, dtype=torch.float64)))[-24:]
+    assert found.is_certified
+    assert torch.allclose(found.singular_values, exact, rtol=1e-6, atol=1e-12 * found.largest)
+
+
+@pytest.mark.parametrize("outlier", [1e5, 1e6, 1e7])
+@pytest.mark.parametrize(("end", "solver"), [("top", "deflated-lanczos"), ("bottom", "deflated-shift-invert")])
+@pytest.mark.parametrize("shape", [(600, 600), (560, 700), (700, 560)])
+def test_outliers_are_taken_out_first(shape: tuple[int, int], end: End, solver: str, outlier: float) -> None:
+    values = torch.arange(1, min(shape) + 1, dtype=torch.float64).rsqrt()
+    values[:3] = outlier * torch.tensor([1.0, 0.7, 0.5], dtype=torch.float64)
+    M = matrix(shape, values)
+    found = solved(M, 24, end)
+    U, S, _ = torch.linalg.svd(M, full_matrices=False)
+    assert found.is_certified
+    assert found.solver == solver or (end == "top" and outlier == 1e5)
+    assert subspace_distance(found.U, U[:, :24] if end == "top" else U[:, -24:]) <= subspace.TOLERANCE
+    assert torch.allclose(found.singular_values, S[:24] if end == "top" else S[-24:], rtol=1e-7)
+
+
+@pytest.mark.parametrize("rank", [1, 8, 32])
+def test_lanczos_gets_to_the_edge_of_a_random_matrix(rank: int) -> None:
+    M = torch.randn(1000, 1000, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    found = solved(M, rank, "top")
+    assert (found.solver, found.fallback_from) == ("block-lanczos", ())
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(600, 600), torch.eye(600)])
+def test_lanczos_goes_on_where_the_operator_leaves_nothing(weight: Tensor) -> None:
+    found = solved(weight, 16, "top")
+    assert (found.solver, found.fallback_from) == ("block-lanczos", ())
+    assert torch.allclose(found.singular_values, weight.double().diagonal()[:16])
+
+
+@pytest.mark.parametrize("scale", [1e-170, 1e-100, 1e100, 1e160])
+@pytest.mark.parametrize("side", [40, 600])
+@pytest.mark.parametrize("end", ["top", "bottom"])
+def test_numbers_whose_fourth_powers_are_out_of_range_are_refused(scale: float, side: int, end: End) -> None:
+    M = scale * torch.randn(side, side, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    with pytest.raises(torch.linalg.LinAlgError):
+        solved(M, 4, end)
 
 
 def context(d_in: int, samples: int = 2000) -> Tensor:

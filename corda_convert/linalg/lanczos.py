@@ -29,7 +29,7 @@ class RitzPairs:
         basis: (n, k), orthonormal, of which the vectors are combinations.
         values: (k,).
         coefficients: (k, k): vector i is `basis @ coefficients[:, i]`.
-        angle: bound on the sine between the wanted ones' subspace and the true one, from residuals and gaps.
+        angle: bound on the sine between the wanted ones' subspace and the true one, from residuals, rounding and gaps.
         converged: whether that is below the tolerance, or at what float64 allows.
         steps: how often the operator was applied to a block.
     """
@@ -45,9 +45,9 @@ class RitzPairs:
         return self.basis @ self.coefficients[:, :count]
 
 
-def random_block(n: int, columns: int, like: Tensor) -> Tensor:
+def random_block(n: int, columns: int, like: Tensor, seed: int = SEED) -> Tensor:
     """The same normal numbers on every device."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, columns, generator=generator, dtype=torch.float64).to(like.device)
 
 
@@ -76,7 +76,7 @@ def block_lanczos(
     while True:
         step += 1
         Z = apply(newest)
-        H[:size, size - block : size] = _orthogonalize(team, Q[:, :size], Z)
+        H[:size, size - block : size] = orthogonalize(team, Q[:, :size], Z)
         Q_next, B = orthonormal(team, Z)
         pivots = B.diagonal().abs()
         is_last = size + block > most
@@ -86,8 +86,12 @@ def block_lanczos(
                 return found
             angles.append((step, found.angle))
             trial = step + _steps_to_go(angles, tolerance)
-        if float(pivots.min()) < 1e-6 * float(pivots.max()):  # what little was left of Z there is rounding
-            _orthogonalize(team, Q[:, :size], Q_next)
+        if float(pivots.min()) <= 1e-6 * float(
+            pivots.max()
+        ):  # what little was left of Z there is much rounding, or all
+            is_rounding = pivots <= torch.finfo(H.dtype).eps * H.diagonal().max()
+            Q_next = torch.where(is_rounding, random_block(n, block, Q, SEED + step), Q_next)
+            orthogonalize(team, Q[:, :size], Q_next)
             Q_next, _ = orthonormal(team, Q_next)
         newest = Q_next
         Q[:, size : size + block] = newest
@@ -103,7 +107,7 @@ def _steps_to_go(angles: list[tuple[int, float]], tolerance: float) -> int:
     return min(max(ceil(log(narrow / tolerance) / per_step), 1), 2 * TRIALS_APART)
 
 
-def _orthogonalize(team: Team, Q: Tensor, Z: Tensor) -> Tensor:
+def orthogonalize(team: Team, Q: Tensor, Z: Tensor) -> Tensor:
     """Takes what lies in the span of Q out of Z, twice, and returns the coefficients."""
     coefficients = torch.zeros(Q.shape[1], Z.shape[1], dtype=Z.dtype, device=Z.device)
     for _ in range(2):
@@ -119,13 +123,12 @@ def _ritz(Q: Tensor, H: Tensor, B: Tensor, wanted: int, tolerance: float, steps:
     residuals = torch.linalg.vector_norm(B @ coefficients[-B.shape[1] :, :wanted], dim=0)
     neighbour = values[wanted] if wanted < len(values) else values[-1]
     gaps = (values[:wanted] - neighbour).clamp(min=torch.finfo(values.dtype).tiny)
-    angle = float(torch.linalg.vector_norm(residuals / gaps))
-    floor = 8 * torch.finfo(values.dtype).eps * float(values[0])
+    rounding = torch.finfo(values.dtype).eps * float(values[0])
     return RitzPairs(
         basis=Q,
         values=values,
         coefficients=coefficients,
-        angle=angle,
-        converged=angle <= tolerance or float(residuals.max()) <= floor,
+        angle=(angle := float(torch.linalg.vector_norm((residuals + rounding) / gaps))),
+        converged=angle <= tolerance or float(residuals.max()) <= 8 * rounding,
         steps=steps,
     )

@@ -3,6 +3,8 @@
 - `block-lanczos` (top): applies `W T Tᵀ Wᵀ` to small blocks; M is never formed.
 - `shift-invert-lanczos` (bottom): a Cholesky factor of the Gram matrix, shifted to just below its smallest eigenvalue, so
   that convergence does not depend on how far the smallest ones stand apart relative to their size.
+- `deflated-lanczos` (top), `deflated-shift-invert` (bottom): the same on what is left of M without a few outliers, where
+  these are so large that rounding of their squares hides the wanted ones.
 - `inverse-lanczos-qr` (bottom): the triangle of a QR factorization of Mᵀ instead, where M is so ill-conditioned that its
   Gram matrix has lost the smallest ones: their squares are below float64's resolution of the largest.
 - `dense-eigh`: all eigenvectors of the Gram matrix: for small problems, a large rank, or where Lanczos fails at the top.
@@ -21,14 +23,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from corda_convert.linalg.lanczos import block_lanczos, random_block
+from corda_convert.linalg.lanczos import block_lanczos, orthogonalize, random_block
 from corda_convert.linalg.panels import (
     LARGE_TILE,
     PANEL,
     Cholesky,
     gram,
     orthonormal,
-    subtract_product,
     times,
     transposed_times,
 )
@@ -50,6 +51,9 @@ DENSE_SHARE = 4
 MOST_PER_RANK = 6
 """An iteration's basis has at most this times the rank of vectors, and some blocks; then it has not converged."""
 
+LEAST_BASIS = 512
+"""At the top a basis may have so many vectors beyond that, whatever the block."""
+
 TOLERANCE = 1e-4
 """Bound on the angle at which an iteration ends."""
 
@@ -64,6 +68,9 @@ ZERO = 64 * torch.finfo(torch.float64).eps
 """Singular values below this times the largest are as good as zero."""
 
 
+LEAST_SCALE, MOST_SCALE = 1e-70, 1e70
+"""Fourth powers of singular values in this range, and sums of them, are float64 numbers."""
+
 WELL_CONDITIONED = 1e-5
 """From this ratio of the triangle's diagonal on, two Cholesky factorizations give Q and R as well as Householder's do."""
 
@@ -74,24 +81,36 @@ PROBES = 16
 """Random vectors for an estimate of what was not seen."""
 
 
+OUTLIERS = 8
+"""So many singular values at most are taken for outliers."""
+
+OUTLYING = 1e2
+"""What makes one: more than this times the first that is none."""
+
+
 @dataclass(frozen=True, slots=True)
 class WeightedMatrix:
-    """`M = W T`: W (d_out, d_in) of any floating dtype, T (d_in, d_in)."""
+    """`M = W T`: W (d_out, d_in) of any floating dtype, T (d_in, d_in); `M = (I − O Oᵀ) W T` with outliers O (d_out, k)."""
 
     W: Tensor
     T: Weighting
+    outliers: Tensor | None = None
 
     def adjoint(self, team: Team, U: Tensor) -> Tensor:
         """`Mᵀ U`, U (d_out, k)."""
+        if self.outliers is not None:
+            U = U - self.outliers @ (self.outliers.T @ U)
         return self.T.transposed_times(team, transposed_times(team, self.W, U))
 
     def forward(self, team: Team, Y: Tensor) -> Tensor:
         """`M Y`, Y (d_in, k)."""
-        return times(team, self.W, self.T.times(team, Y))
+        Z = times(team, self.W, self.T.times(team, Y))
+        return Z if self.outliers is None else Z.sub_(self.outliers @ (self.outliers.T @ Z))
 
     def transposed(self, team: Team) -> Tensor:
         """`Mᵀ` itself, (d_in, d_out) float64."""
-        return self.T.transposed_times(team, self.W.double().T)
+        Mt = self.T.transposed_times(team, self.W.double().T)
+        return Mt if self.outliers is None else Mt.addmm_(Mt @ self.outliers, self.outliers.T, alpha=-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +128,8 @@ class Subspace:
         solver: its name.
         fallback_from: solvers that were tried before and did not get there.
         steps: how often an operator was applied to a block; None for a dense solver.
-        residual: the largest `‖M Mᵀ u − σ² u‖ / σ_max²` over the columns.
-        relative: the largest `‖M Mᵀ u − σ² u‖ / σ²` over the columns whose σ is not as good as zero.
+        residual: the largest `‖(I − U Uᵀ) M Mᵀ u‖ / σ_max²` over the columns, without what lies along deflated outliers.
+        relative: the largest `‖(I − U Uᵀ) M Mᵀ u‖ / σ²` over the columns whose σ is not as good as zero.
         angle: a bound on the sine of the largest angle to the true subspace: the norm of `‖residual‖ / |σ² − neighbour²|`
             over the columns; None without a neighbour. Since such residuals are at best `eps · σ_max²`, the solvers that
             are there for far smaller σ have their own: the same with `(M Mᵀ)⁻¹`, or Wedin's bound of a backward stable SVD.
@@ -146,7 +165,7 @@ class _Candidates:
     """What a solver found: orthonormal columns that hold the wanted vectors, and some of their neighbours.
 
     `angle` is a bound that the solver knows of its own, up to the rounding of M, where it is better than what residuals of
-    `M Mᵀ` can tell.
+    `M Mᵀ` can tell. `outliers` are singular vectors at the other end that V is orthogonal to.
     """
 
     V: Tensor
@@ -157,6 +176,7 @@ class _Candidates:
     steps: int | None = None
     spectrum: Tensor | None = None
     angle: float | None = None
+    outliers: Tensor | None = None
 
 
 def load_solvers() -> None:
@@ -197,6 +217,12 @@ def _tries(team: Team, M: WeightedMatrix, rank: int, end: End, solver: Solver) -
         yield _dense(team, M, rank, end)
     elif end == "top":
         yield _top(team, M, rank)
+        outliers, _ = _outliers(team, M)
+        if 0 < (count := outliers.shape[1]) < rank:
+            found = _top(team, replace(M, outliers=outliers), rank - count)
+            V = _joined(team, outliers, found.V)
+            energy = found.energy + float(M.adjoint(team, outliers).square().sum())
+            yield replace(found, V=V, energy=energy, solver="deflated-lanczos")
         yield _dense(team, M, rank, end)
     else:
         yield from _bottom_tries(team, M, rank)
@@ -280,31 +306,61 @@ def _top(team: Team, M: WeightedMatrix, rank: int) -> _Candidates:
         lambda U: M.forward(team, M.adjoint(team, U)),
         start,
         wanted=rank,
-        most=min(side, MOST_PER_RANK * rank + 8 * block),
+        most=min(side, MOST_PER_RANK * rank + max(8 * block, LEAST_BASIS)),
         tolerance=TOLERANCE,
     )
-    seen = float(found.values.sum())
+    adjoint = M.adjoint(team, _probes(team, found.basis))
+    outside = float(adjoint.square().sum()) / PROBES  # Hutchinson's estimate, as in Hutch++, arXiv:2010.09649
     return _Candidates(
-        V=found.vectors(_candidates(rank, len(found.values))),
+        V=_joined(team, found.vectors(_candidates(rank, len(found.values))), M.forward(team, adjoint)),
         solver="block-lanczos",
-        energy=seen + _energy_outside(team, M, found.basis),
+        energy=float(found.values.sum()) + outside,
         energy_is_estimated=True,
         steps=found.steps,
     )
 
 
-def _energy_outside(team: Team, M: WeightedMatrix, basis: Tensor) -> float:
-    """An estimate of `‖(I − QQᵀ) M‖_F²` from random vectors (Hutchinson's, as in Hutch++, arXiv:2010.09649)."""
+def _outliers(team: Team, M: WeightedMatrix) -> tuple[Tensor, float]:
+    """Left singular vectors (d_out, k) of those singular values of M that stand far above all others, k ≤ `OUTLIERS`.
+
+    And the square of the next singular value, roughly.
+    """
+    side = min(M.W.shape)
+    found = block_lanczos(
+        team,
+        lambda U: M.forward(team, M.adjoint(team, U)),
+        M.forward(team, random_block(M.W.shape[1], OUTLIERS, M.W)),
+        wanted=OUTLIERS,
+        most=min(side, 16 * OUTLIERS),
+        tolerance=TOLERANCE,
+    )
+    count = int((found.values[:OUTLIERS] > OUTLYING**2 * found.values[OUTLIERS]).sum())
+    return orthonormal(team, found.vectors(count))[0], float(found.values[count])
+
+
+def _probes(team: Team, basis: Tensor) -> Tensor:
+    """Random vectors without what lies in the span of an orthonormal basis.
+
+    Of equal singular values Lanczos sees no more than its block has columns. What the operator makes of these vectors goes
+    along with the candidates, where such a one that was missed shows among the wanted ones: as one with a large residual.
+    """
     probes = random_block(basis.shape[0], 2 * PROBES, basis)[:, PROBES:].contiguous()
-    subtract_product(team, probes, basis, transposed_times(team, basis, probes))
-    return float(M.adjoint(team, probes).square().sum()) / PROBES
+    orthogonalize(team, basis, probes)
+    return probes
+
+
+def _joined(team: Team, V: Tensor, others: Tensor) -> Tensor:
+    """Orthonormal V (n, k) with orthonormal columns for what `others` (n, p) add to its span, n columns at most."""
+    others = others[:, : V.shape[0] - V.shape[1]]
+    for _ in range(2):  # the second time for those of which only rounding is left
+        orthogonalize(team, V, others)
+        others, _ = orthonormal(team, others)
+    return torch.cat([V, others], dim=1)
 
 
 def _bottom_tries(team: Team, M: WeightedMatrix, rank: int) -> Iterator[_Candidates]:
     """Candidates for the bottom of an M that is not tall, by one solver after the other."""
-    Mt = M.transposed(team)
-    G = gram(team, Mt)
-    del Mt
+    G = gram(team, M.transposed(team))
     energy = float(G.diagonal().sum())
     if energy == 0.0:
         return
@@ -313,6 +369,15 @@ def _bottom_tries(team: Team, M: WeightedMatrix, rank: int) -> Iterator[_Candida
     if factor is not None:
         yield _shift_inverted(team, G, factor, rank, energy, largest)
     del factor, G
+    outliers, beside = _outliers(team, M)
+    if outliers.shape[1] > 0:
+        G = gram(team, replace(M, outliers=outliers).transposed(team)).addmm_(outliers, outliers.T, alpha=beside)
+        factor = Cholesky.of(team, G.clone())
+        if factor is not None:
+            found = _shift_inverted(team, G, factor, rank, energy, largest)
+            orthogonalize(team, outliers, found.V)
+            yield replace(found, V=orthonormal(team, found.V)[0], outliers=outliers, solver="deflated-shift-invert")
+        del factor, G
     R = torch.linalg.qr(M.transposed(team), mode="r").R
     least = float(R.diagonal().abs().max()) * torch.finfo(R.dtype).eps
     diagonal = R.diagonal()
@@ -354,8 +419,9 @@ def _inverted(team: Team, factor: Cholesky, rank: int, start: Tensor | None = No
         start = random_block(factor.side, block, factor.like)
     most = min(factor.side, MOST_PER_RANK * rank + 16 * block)
     found = block_lanczos(team, factor.solve, start, wanted=rank, most=most, tolerance=TOLERANCE)
-    V = factor.solve(found.vectors(_candidates(rank, len(found.values))))
-    return orthonormal(team, V)[0], found.steps + 1, found.angle
+    V, _ = orthonormal(team, factor.solve(found.vectors(_candidates(rank, len(found.values)))))
+    others = factor.solve(factor.solve(_probes(team, found.basis)))
+    return _joined(team, V, others), found.steps + 1, found.angle
 
 
 def _block(rank: int) -> int:
@@ -409,8 +475,11 @@ def _finish(team: Team, M: WeightedMatrix, found: _Candidates, rank: int, end: E
     smallest = float(values[-1]) if end == "bottom" else None
     if found.spectrum is not None:
         largest, smallest = float(found.spectrum[0]), float(found.spectrum[-1])
+    scale = max(largest, float(values[0]))
+    if scale > 0.0 and not LEAST_SCALE < scale < MOST_SCALE:
+        raise torch.linalg.LinAlgError("fourth powers of singular values are outside float64's range")  # type: ignore[attr-defined]
     beside = float(values[neighbour]) if 0 <= neighbour < len(values) else None
-    certified = _certified(team, M, U, Y @ coefficients, P @ coefficients, largest, beside)
+    certified = _certified(team, M, U, Y @ coefficients, P @ coefficients, largest, beside, found.outliers)
     if found.angle is not None and beside is not None:
         taken = certified["singular_values"]
         gap = min(abs(float(end_value) - beside) for end_value in (taken[0], taken[-1]))
@@ -444,16 +513,27 @@ def _certified(
     adjoint: Tensor,
     largest: float,
     neighbour: float | None,
+    outliers: Tensor | None,
 ) -> dict[str, Any]:
-    """What is known of the vectors by applying M to `adjoint`, which is `Mᵀ U`, as `projected` is `Wᵀ U`."""
+    """What is known of the vectors by applying M to `adjoint`, which is `Mᵀ U`, as `projected` is `Wᵀ U`.
+
+    A residual along outliers turns the vectors by next to nothing: its gap is theirs to the wanted ones.
+    """
     values = torch.linalg.vector_norm(adjoint, dim=0)
-    residuals = torch.linalg.vector_norm(M.forward(team, adjoint) - U * values.square(), dim=0)
+    beyond = M.forward(team, adjoint)
+    orthogonalize(team, U, beyond)
+    towards = 0.0
+    if outliers is not None:
+        along = orthogonalize(team, outliers, beyond)
+        gaps = torch.linalg.vector_norm(M.adjoint(team, outliers), dim=0).square() - values[0].square()
+        towards = float(torch.linalg.matrix_norm(along / gaps[:, None]))
+    residuals = torch.linalg.vector_norm(beyond, dim=0)
     alive = values > ZERO * largest
     relative = float((residuals[alive] / values[alive].square()).max()) if bool(alive.any()) else 0.0
     angle = None
     if neighbour is not None:
         gaps = (values.square() - neighbour**2).abs().clamp(min=torch.finfo(values.dtype).tiny)
-        angle = min(float(torch.linalg.vector_norm(residuals / gaps)), 1.0)
+        angle = min(float(torch.linalg.vector_norm(residuals / gaps)) + towards, 1.0)
     identity = torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
     return {
         "U": U,
