@@ -216,3 +216,16 @@ def test_adapters_do_not_go_with_checkpoints(refusal: Refusal, tmp_path: Path) -
     base, other = models(tmp_path, ALL)
     message = refusal("to-lora", tmp_path, "--from-checkpoints", base, other, "--rank", 2)
     assert message.startswith("--from-checkpoints goes with no adapter")
+
+
+def test_covariances_under_the_names_of_the_model_without_its_head_are_found(tmp_path: Path) -> None:
+    base, other = models(tmp_path, ALL)
+    for name, matrices in {
+        "full": covariance_tensors(),
+        "short": {module.removeprefix("model."): matrix for module, matrix in covariance_tensors().items()},
+    }.items():
+        save_file(matrices, tmp_path / f"{name}.safetensors")
+        options = ToLoraOptions(from_checkpoints=(base, other), rank=3, weight_by=tmp_path / f"{name}.safetensors")
+        to_lora(output=tmp_path / name, options=options)
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("full", "short")]
+    assert files[0] == files[1]

@@ -103,6 +103,7 @@ def from_adapters(given: Given) -> LoraSource:
         side_files=tokenizers(trained),
         keeps_scaling=len(parts) == 1 and keeps_scaling(parts[0]),
         base=base_name(parts),
+        names=names,
         warnings=tuple(warnings_of(parts)),
         facts={"adapters": [part.describe() for part in parts]},
     )

@@ -66,6 +66,7 @@ def from_checkpoints(before: Path, after: Path) -> LoraSource:
         what=f"The difference of `{tuned.name}` and `{base.name}` as an ordinary LoRA for `{base.name}`.",
         side_files=tokenizer_files(tuned.root),
         base=str(before),
+        names=names,
         warnings=tuple(_warnings(tuned, changes)),
         facts={
             "extracted": {"modules": len(modules), "unchanged": len(changes.unchanged), "whole": sorted(changes.saved)}

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from corda_convert.checkpoint.names import NameMap
     from corda_convert.linalg.threads import Team
     from corda_convert.operations.production import Input
     from corda_convert.output.side_files import SideFile
@@ -123,6 +124,7 @@ class LoraSource:
         side_files: tokenizer files.
         keeps_scaling: whether PEFT's scaling of the config, with twice the rank, is that of every summand.
         base: the base's name, where it is known.
+        names: of the base, where it was read.
         warnings: for the user.
         facts: for the receipt.
     """
@@ -137,5 +139,6 @@ class LoraSource:
     side_files: tuple[SideFile, ...] = ()
     keeps_scaling: bool = False
     base: str | None = None
+    names: NameMap | None = None
     warnings: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)

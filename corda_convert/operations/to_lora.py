@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from corda_convert.adapters.lora import read_scaling
 from corda_convert.adapters.source import CONFIG_FILE, WEIGHTS_FILE
-from corda_convert.checkpoint.covariances import Covariances, read_covariances
+from corda_convert.checkpoint.covariances import Covariances, at_run_time, read_covariances
 from corda_convert.checkpoint.folder import Checkpoint, read_checkpoint
 from corda_convert.checkpoint.tensors import TensorRef
 from corda_convert.errors import CordaConvertError, CovarianceMismatch, UnsupportedInput, raise_problems, some
@@ -293,6 +293,7 @@ def _covariances(source: LoraSource, matrices: Covariances | None) -> Mapping[st
     """The covariance of each module's inputs, by the module's key. Raises every problem together."""
     if matrices is None:
         return {}
+    matrices = matrices if source.names is None else at_run_time(matrices, source.names)
     found = {module.key: matrices.find(module.pattern_name) for module in source.modules}
     missing = [key for key, ref in found.items() if ref is None]
     problems: list[CordaConvertError] = []
