@@ -717,9 +717,9 @@ def _matrix(factor: torch.Tensor) -> torch.Tensor:
 
 
 def test_both_projections_of_an_attention_get_one_rank(tmp_path: Path) -> None:
-    """PEFT has one rank for the two; the output projection, last in the file, needs less."""
+    """PEFT has one rank for the two; the input projection, last in the file, needs less."""
     tensors = {name: tensor for name, tensor in other_layers(80).items() if "attention" in name}
-    name = "base_model.model.attention.base_layer.out_proj.lora_B.weight"
+    name = "base_model.model.attention.lora_B.weight"
     tensors[name] = tensors[name] * torch.tensor([1.0, 0.0, 0.0, 0.0])
     adapter = write_adapter(tmp_path / "lora", tensors, lora_config(4, target_modules=["attention"]))
     to_lora(adapter, output=tmp_path / "out", options=ToLoraOptions(energy=0.999))
