@@ -94,7 +94,6 @@ def run(
     files that are there already, with the digests of what was written of them. The `journal` notes what is finished.
     Raises whatever a source or a transform refuses with, after all threads have stopped and all files are closed.
     """
-    _allow_open_files(plan)
     share = share or whole_share(plan)
     progress = progress or (lambda _name, _nbytes: None)
     return _Run(plan, folder, device, progress, digests or {}, share, begun or {}, journal).run()
@@ -514,7 +513,7 @@ def _join(thread: threading.Thread) -> None:
     return None
 
 
-def _allow_open_files(plan: Plan) -> None:
+def allow_open_files(plan: Plan) -> None:
     """All shards are open at once, and a process may often open 256 or 1024 files: raises that as far as allowed."""
     sources = {id(job.source) for job in plan.jobs if isinstance(job, CopyJob)}
     sources |= {
@@ -524,7 +523,7 @@ def _allow_open_files(plan: Plan) -> None:
         for chunk in job.chunks
         for read in chunk.all_reads
     }
-    needed = _open_files() + len(plan.files) + len(sources) + 32
+    needed = _open_files() + 2 * len(plan.files) + len(sources) + 32  # outputs once more past the page cache
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:
         with contextlib.suppress(OSError, ValueError):

@@ -169,6 +169,7 @@ def produce(production: Production, run: RunOptions, ahead: ReadAhead | None = N
     plan = pack(
         production.files, workers=worker_count(device), max_memory_bytes=run.max_memory_bytes, held_bytes=baseline
     )
+    engine.allow_open_files(plan)
     if is_first:
         side_bytes = sum(file.nbytes for file in production.side_files)
         staging.check_space(production.output, plan.write_bytes + side_bytes - staging.held_bytes(production.output))
