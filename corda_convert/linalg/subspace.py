@@ -335,7 +335,8 @@ def _outliers(team: Team, M: WeightedMatrix) -> tuple[Tensor, float]:
         tolerance=TOLERANCE,
     )
     count = int((found.values[:OUTLIERS] > OUTLYING**2 * found.values[OUTLIERS]).sum())
-    return orthonormal(team, found.vectors(count))[0], float(found.values[count])
+    vectors = found.vectors(count)
+    return orthonormal(team, vectors)[0] if count else vectors, float(found.values[count])
 
 
 def _probes(team: Team, basis: Tensor) -> Tensor:
