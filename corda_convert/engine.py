@@ -94,6 +94,7 @@ def run(
     files that are there already, with the digests of what was written of them. The `journal` notes what is finished.
     Raises whatever a source or a transform refuses with, after all threads have stopped and all files are closed.
     """
+    allow_open_files(plan)
     share = share or whole_share(plan)
     progress = progress or (lambda _name, _nbytes: None)
     return _Run(plan, folder, device, progress, digests or {}, share, begun or {}, journal).run()

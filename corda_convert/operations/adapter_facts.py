@@ -21,7 +21,6 @@ from corda_convert.adapters.source import AdapterSource
 from corda_convert.adapters.tokens import TokenRows
 from corda_convert.operations.evidence import initial_adapter_of, is_converted, local_folder
 
-
 _DEFAULT_RANK = 8
 """PEFT's, where a config has no `r`."""
 

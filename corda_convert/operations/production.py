@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corda_convert import hub
+from corda_convert import engine, hub
 from corda_convert.checkpoint.dequantized import DequantizedFile, stored_as, written_dtype
 from corda_convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
 from corda_convert.checkpoint.pickle_file import PickleFile
