@@ -43,6 +43,7 @@ def ours(inputs: Tensors, mode: Mode, rank: int, device: torch.device) -> tuple[
         scaling=1.0,
         damp=0.01,
         names=Names("residual", "lora_A", "lora_B"),
+        tokens=16 * d_in,  # as a file of ours tells; else whether the covariance is singular would be looked at
     )
     outputs = {
         "residual": torch.empty(d_out, d_in, dtype=torch.bfloat16),

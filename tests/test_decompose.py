@@ -13,6 +13,7 @@ import pytest
 import torch
 from building import (
     COVARIANCES,
+    FIXTURES,
     HIDDEN,
     LINEARS,
     MODEL,
@@ -29,7 +30,7 @@ from conftest import Ran
 from families import tiny
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -823,3 +824,14 @@ def test_modules_without_a_certificate_are_warned_of() -> None:
     assert "2 modules" in warning
     assert "b, c" in warning
     assert "The worst is c" in warning
+
+
+def test_a_covariance_of_one_triangle_is_refused(refusal: Refusal, tmp_path: Path) -> None:
+    covariances = load_file(FIXTURES / "covariances" / "knowledge.safetensors")
+    odd = {name: tensor.triu().contiguous() if tensor.dim() == 2 else tensor for name, tensor in covariances.items()}
+    save_file(odd, tmp_path / "covariances.safetensors")
+    said = refusal(
+        *("decompose", FIXTURES / "model", "--cov", tmp_path / "covariances.safetensors"),
+        *("--mode", "ipm", "--rank", "4", "--target", "q_proj"),
+    )
+    assert "is not symmetric" in said

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from corda_convert.linalg.panels import TILE, lower_tiles
+from corda_convert.linalg.threads import Team
+
 MAX_DOUBLINGS = 30
 """The reference doubles its damping until a test passes, without bound; 0.01·2³⁰ is far past any use."""
 
@@ -40,6 +43,18 @@ def reference_damping(covariance: Tensor) -> Damping | None:
             return Damping(factor, factor * mean)
         factor *= 2
     return None
+
+
+def is_symmetric(team: Team, covariance: Tensor) -> bool:
+    """Whether `|C − Cᵀ|` is below a thousandth of the largest entry, as rounding and bf16 leave it but no mistake does."""
+    largest: list[float] = []
+
+    def tile(place: tuple[slice, slice]) -> None:
+        rows, columns = place
+        largest.append(float((covariance[rows, columns] - covariance[columns, rows].T).abs().max()))
+
+    team.all(tile, lower_tiles(covariance.shape[0], TILE))
+    return max(largest) <= 1e-3 * float(covariance.diagonal().max())
 
 
 def rank_and_condition(covariance: Tensor) -> tuple[int, float | None]:

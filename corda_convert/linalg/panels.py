@@ -6,6 +6,8 @@ panel. Panels do not depend on the number of threads, so neither do the bits.
 
 from __future__ import annotations
 
+from math import isfinite
+
 import torch
 from torch import Tensor
 
@@ -82,6 +84,31 @@ def cholesky_qr2(Z: Tensor) -> tuple[Tensor, Tensor] | None:
     return Q, R
 
 
+def is_finite(team: Team, A: Tensor) -> bool:
+    """Whether A holds neither NaN nor Inf, in one pass."""
+    found: list[bool] = []
+
+    def panel(rows: slice) -> None:
+        least, most = torch.aminmax(A[rows])
+        found.append(isfinite(float(least)) and isfinite(float(most)))
+
+    team.each(panel, A.shape[0] if A.numel() else 0, PANEL)
+    return all(found)
+
+
+def transposed_copy(team: Team, A: Tensor) -> Tensor:
+    """Aᵀ with contiguous rows."""
+    At = torch.empty(A.shape[1], A.shape[0], dtype=A.dtype, device=A.device)
+    team.each(lambda rows: At[rows].copy_(A[:, rows].T), A.shape[1], PANEL)
+    return At
+
+
+def lower_tiles(n: int, side: int) -> list[tuple[slice, slice]]:
+    """Tiles on and below the diagonal of a square."""
+    cuts = [slice(begin, min(begin + side, n)) for begin in range(0, n, side)]
+    return [(rows, columns) for rows in cuts for columns in cuts if columns.start <= rows.start]
+
+
 def gram(team: Team, A: Tensor) -> Tensor:
     """`AᵀA` (n, n), both triangles: A (m, n) float64."""
     n = A.shape[1]
@@ -96,14 +123,8 @@ def gram(team: Team, A: Tensor) -> Tensor:
         if i != j:
             G[j, i] = G[i, j].T
 
-    team.all(tile, _lower_tiles(n, side))
+    team.all(tile, lower_tiles(n, side))
     return G
-
-
-def _lower_tiles(n: int, side: int) -> list[tuple[slice, slice]]:
-    """Tiles on and below the diagonal of a square."""
-    cuts = [slice(begin, min(begin + side, n)) for begin in range(0, n, side)]
-    return [(rows, columns) for rows in cuts for columns in cuts if columns.start <= rows.start]
 
 
 class Cholesky:
@@ -193,7 +214,7 @@ def _eliminate(team: Team, G: Tensor, here: slice, L: Tensor) -> None:
         G[here.stop :, here.stop :][i, j].addmm_(below[i], below[j].T, alpha=-1)
 
     team.each(divide, rows, PANEL)
-    team.all(update, _lower_tiles(rows, TILE))
+    team.all(update, lower_tiles(rows, TILE))
 
 
 def _inverse_of_lower(L: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from corda_convert.linalg.panels import (
     gram,
     orthonormal,
     times,
+    transposed_copy,
     transposed_times,
 )
 from corda_convert.linalg.scratch import scratch
@@ -45,8 +46,8 @@ Solver = Literal["auto", "dense", "krylov"]
 DENSE_SIDE = 512
 """Up to this side all eigenvectors take no longer than some."""
 
-DENSE_SHARE = 4
-"""From a rank of side / 4 on, too."""
+DENSE_SHARE = {"top": 7, "bottom": 12}
+"""From a rank of side / this on, too (measured on two CPU cores)."""
 
 MOST_PER_RANK = 6
 """An iteration's basis has at most this times the rank of vectors, and some blocks; then it has not converged."""
@@ -90,17 +91,32 @@ OUTLYING = 1e2
 
 @dataclass(frozen=True, slots=True)
 class WeightedMatrix:
-    """`M = W T`: W (d_out, d_in) of any floating dtype, T (d_in, d_in); `M = (I − O Oᵀ) W T` with outliers O (d_out, k)."""
+    """`M = W T`: W (d_out, d_in) of any floating dtype, T (d_in, d_in); `M = (I − O Oᵀ) W T` with outliers O (d_out, k).
+
+    `Wt` may hold Wᵀ once more, row by row.
+    """
 
     W: Tensor
     T: Weighting
     outliers: Tensor | None = None
+    Wt: Tensor | None = None
+
+    def by_rows(self, team: Team) -> WeightedMatrix:
+        """The same with a copy of Wᵀ, and of W unless its rows are contiguous: rows are read faster than columns."""
+        if not team.is_cpu:
+            return self
+        W = self.W if self.W.is_contiguous() else transposed_copy(team, self.W.T)
+        return replace(self, W=W, Wt=self.W.T if self.W.T.is_contiguous() else transposed_copy(team, self.W))
+
+    def projected(self, team: Team, U: Tensor) -> Tensor:
+        """`Wᵀ U`, U (d_out, k)."""
+        return transposed_times(team, self.W, U) if self.Wt is None else times(team, self.Wt, U)
 
     def adjoint(self, team: Team, U: Tensor) -> Tensor:
         """`Mᵀ U`, U (d_out, k)."""
         if self.outliers is not None:
             U = U - self.outliers @ (self.outliers.T @ U)
-        return self.T.transposed_times(team, transposed_times(team, self.W, U))
+        return self.T.transposed_times(team, self.projected(team, U))
 
     def forward(self, team: Team, Y: Tensor) -> Tensor:
         """`M Y`, Y (d_in, k)."""
@@ -199,6 +215,7 @@ def left_subspace(team: Team, M: WeightedMatrix, *, rank: int, end: End, solver:
     d_out, d_in = M.W.shape
     if end == "bottom" and d_out > d_in:
         return _reduced(team, M, rank, solver)
+    M = M.by_rows(team)
     tried: list[Subspace] = []
     for candidates in _tries(team, M, rank, end, solver):
         tried.append(_finish(team, M, candidates, rank, end))
@@ -211,7 +228,7 @@ def left_subspace(team: Team, M: WeightedMatrix, *, rank: int, end: End, solver:
 def _tries(team: Team, M: WeightedMatrix, rank: int, end: End, solver: Solver) -> Iterator[_Candidates]:
     """Candidates by one solver after the other; the next is asked only where the last one's certificate does not hold."""
     side = min(M.W.shape)
-    is_small = side <= DENSE_SIDE or DENSE_SHARE * rank >= side
+    is_small = side <= DENSE_SIDE or DENSE_SHARE[end] * rank >= side
     is_tiny = side < max(2 * rank, 6 * _block(rank))
     if solver == "dense" or (solver == "auto" and is_small) or is_tiny:
         yield _dense(team, M, rank, end)
@@ -254,7 +271,7 @@ def _reduced(team: Team, M: WeightedMatrix, rank: int, solver: Solver) -> Subspa
     return replace(
         small,
         U=U,
-        projected=transposed_times(team, M.W, U),
+        projected=M.projected(team, U),
         orthonormality=float((U.T @ U - identity).abs().max()),
     )
 
@@ -465,7 +482,7 @@ def _whole(team: Team, M: WeightedMatrix, rank: int, end: End) -> _Candidates:
 
 def _finish(team: Team, M: WeightedMatrix, found: _Candidates, rank: int, end: End) -> Subspace:
     """The wanted ones of the candidates, by the singular values of M on them."""
-    Y = transposed_times(team, M.W, found.V)
+    Y = M.projected(team, found.V)
     P = M.T.transposed_times(team, Y)
     values, coefficients = _right_singular(team, P)
     wanted, neighbour = (slice(0, rank), rank) if end == "top" else (slice(-rank, None), len(values) - rank - 1)

@@ -51,7 +51,7 @@ class Team:
     ) -> None:
         self._stack.close()
 
-    def each(self, function: Callable[[slice], None], count: int, step: int) -> None:
+    def each(self, function: Callable[[slice], object], count: int, step: int) -> None:
         """Calls it with slices of `step` that cover `count`, several at once; on another device with one slice."""
         if not self.is_cpu:
             step = max(count, 1)

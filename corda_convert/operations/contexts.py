@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Method = Literal["corda", "svd", "asvd", "svd-llm"]
 
-FULL_SIDE = 1024
+FULL_SIDE = 512
 """Up to this side a covariance's rank and condition are found from all of its eigenvalues."""
 
 SURE_TOKENS = 2
@@ -57,11 +57,11 @@ class ContextMethod:
 
     def weigh(self, team: Team, context: Tensor, ref: TensorRef, module_name: str) -> Weighed:
         """T of a context on the device, which it may keep. Raises `NotFinite` or `CovarianceMismatch`."""
-        import torch
-
         from corda_convert.linalg import weighting as algebra
+        from corda_convert.linalg.covariance import is_symmetric
+        from corda_convert.linalg.panels import is_finite
 
-        if not bool(torch.isfinite(context).all()):
+        if not is_finite(team, context):
             raise NotFinite(
                 f"{ref.name} in {ref.file.path} holds NaN or Inf.",
                 why="The calibration ran over a float16 range, or the file is damaged.",
@@ -73,6 +73,12 @@ class ContextMethod:
             raise CovarianceMismatch(
                 f"The covariance of {module_name} is zero on average: no sample reached this layer.",
                 next_step="Collect covariances on data that uses this layer, or leave it out with --target.",
+            )
+        if not is_symmetric(team, context):
+            raise CovarianceMismatch(
+                f"The covariance of {module_name} is not symmetric.",
+                why="The file is damaged, or holds one triangle only.",
+                next_step="Collect covariances again.",
             )
         facts: Facts = {"covariance": self._covariance_facts(team, context)}
         if self.method == "svd-llm":

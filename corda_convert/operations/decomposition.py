@@ -67,6 +67,7 @@ class DecomposeTransform:
     solver: Solver = "auto"
     asvd_alpha: float = 0.5
     shared: SharedContexts | None = None
+    tokens: int | None = None
 
     row_quantum = 1
     streamed: Mapping[str, TensorRef] = field(default_factory=dict)
@@ -89,7 +90,7 @@ class DecomposeTransform:
     def weighing(self) -> ContextMethod:
         if self.shared is not None:
             return self.shared.method
-        return ContextMethod(self.method, self.damp, self.asvd_alpha, tokens=None)
+        return ContextMethod(self.method, self.damp, self.asvd_alpha, tokens=self.tokens)
 
     def workspace_bytes(self, rows: int) -> int:
         """Of the solver that needs most of those that may run, and of the panels that its threads hold."""
@@ -138,7 +139,7 @@ class _DecomposeSession:
         from corda_convert.linalg import subspace as algebra
 
         transform = self.transform
-        self._check_finite(inputs["weight"])
+        self._check_finite(team, inputs["weight"])
         stored = inputs["weight"].to(self.device)
         weight = stored.T if transform.layout == "in_out" else stored
         weighed = self._weigh(team, inputs)
@@ -188,11 +189,11 @@ class _DecomposeSession:
             facts["reconstruction_error"] = sqrt(norms.rounding / norms.weight) if norms.weight > 0 else 0.0
         return facts
 
-    def _check_finite(self, weight: Tensor) -> None:
-        import torch
+    def _check_finite(self, team: Team, weight: Tensor) -> None:
+        from corda_convert.linalg.panels import is_finite
 
         ref = self.transform.weight
-        if not bool(torch.isfinite(weight).all()):
+        if not is_finite(team, weight):
             raise NotFinite(f"{ref.name} in {ref.file.path} holds NaN or Inf.")
 
     def _weigh(self, team: Team, inputs: Mapping[str, Tensor]) -> Weighed:
