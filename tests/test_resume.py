@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,7 @@ def stopped(
     def press(transform: FoldTransform, device: Any) -> Any:
         begun.append(transform.weight.name)
         if len(begun) == 8:
+            wait_for_note(tmp_path, "model-00001-of-00004.safetensors")  # the hasher may be some steps behind
             raise KeyboardInterrupt
         return begin(transform, device)
 
@@ -132,6 +134,23 @@ def stopped(
         return (*arguments, *more)
 
     return run
+
+
+def wait_for_note(folder: Path, file_name: str) -> None:
+    """Until the journal of the run into `folder / "out"` has noted the whole file; not for ever."""
+    for _ in range(1000):
+        notes = [
+            json.loads(line)
+            for path in folder.glob(".out.*/journal/*.jsonl")
+            for line in path.read_text().splitlines(keepends=True)
+            if line.endswith("\n")
+        ]
+        marks = [mark for note in notes for mark in note["marks"] if mark["file"] == file_name]
+        noted = max((end for mark in marks for _, end in mark["ranges"]), default=0)
+        written = [path.stat().st_size for path in folder.glob(f".out.*/output/{file_name}")]
+        if noted and written == [noted]:
+            return
+        time.sleep(0.01)
 
 
 def reference(done: Command, model: Path, lora: Path, tmp_path: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
