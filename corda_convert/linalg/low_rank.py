@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from corda_convert.linalg.panels import PANEL, times
-from corda_convert.linalg.subspace import WeightedMatrix, left_subspace
+from corda_convert.linalg.subspace import WeightedMatrix, fix_signs, left_subspace
 from corda_convert.linalg.threads import Team
 from corda_convert.linalg.weighting import NoWeighting, RootWeighting, root_weighting
 
@@ -120,10 +120,8 @@ def _weighted_vectors(core: Tensor, gram: Tensor, resolution: float) -> tuple[Te
 
 def _signed(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
     """The same product with the largest entry of each of B's columns positive: the same factors from every library."""
-    rows = lora_B.abs().argmax(dim=0, keepdim=True)
-    signs = torch.sign(lora_B.gather(0, rows))
-    signs = torch.where(signs == 0, torch.ones_like(signs), signs)
-    return lora_A * signs.T, lora_B * signs
+    lora_B, signs = fix_signs(lora_B)
+    return lora_A * signs.T, lora_B
 
 
 def product_norm(team: Team, left: Tensor, right: Tensor, covariance: Tensor | None = None) -> float:

@@ -123,6 +123,10 @@ class WeightedMatrix:
         Z = times(team, self.W, self.T.times(team, Y))
         return Z if self.outliers is None else Z.sub_(self.outliers @ (self.outliers.T @ Z))
 
+    def square(self, team: Team, U: Tensor) -> Tensor:
+        """`M Mᵀ U`, U (d_out, k)."""
+        return self.forward(team, self.adjoint(team, U))
+
     def transposed(self, team: Team) -> Tensor:
         """`Mᵀ` itself, (d_in, d_out) float64."""
         Mt = self.T.transposed_times(team, self.W.double().T)
@@ -249,8 +253,8 @@ def _tries(team: Team, M: WeightedMatrix, rank: int, end: End, solver: Solver) -
 def workspace_elements(shape: tuple[int, int], rank: int, end: End, solver: Solver) -> int:
     """Float64 numbers that `left_subspace` and what follows it hold at once, at most, for a W of this shape.
 
-    M and W in float64 with a Gram matrix, its factor or eigenvectors and LAPACK's own workspace, and the basis; the dense
-    solver may follow on any other.
+    M and W in float64, and W by rows in both directions, with a Gram matrix, its factor or eigenvectors and LAPACK's own
+    workspace, and the basis; the dense solver may follow on any other.
     """
     d_out, d_in = shape
     side = min(shape)
@@ -258,7 +262,7 @@ def workspace_elements(shape: tuple[int, int], rank: int, end: End, solver: Solv
     basis = min(steps, side) * (d_out + 2 * min(steps, side))
     reduced = 2 * d_out * d_in if end == "bottom" and d_out > d_in else 0
     return (
-        2 * d_out * d_in + reduced + 6 * side * side + basis + 8 * rank * (d_out + d_in) + 4 * LARGE_TILE * max(shape)
+        3 * d_out * d_in + reduced + 6 * side * side + basis + 8 * rank * (d_out + d_in) + 4 * LARGE_TILE * max(shape)
     )
 
 
@@ -267,13 +271,7 @@ def _reduced(team: Team, M: WeightedMatrix, rank: int, solver: Solver) -> Subspa
     basis, R = _orthonormal_basis(team, M.W)
     small = left_subspace(team, WeightedMatrix(R, M.T), rank=rank, end="bottom", solver=solver)
     U, _ = fix_signs(basis(small.U))
-    identity = torch.eye(rank, dtype=U.dtype, device=U.device)
-    return replace(
-        small,
-        U=U,
-        projected=M.projected(team, U),
-        orthonormality=float((U.T @ U - identity).abs().max()),
-    )
+    return replace(small, U=U, projected=M.projected(team, U), orthonormality=_orthonormality(U))
 
 
 def _orthonormal_basis(team: Team, W: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
@@ -320,7 +318,7 @@ def _top(team: Team, M: WeightedMatrix, rank: int) -> _Candidates:
     start = M.forward(team, random_block(d_in, block, M.W))
     found = block_lanczos(
         team,
-        lambda U: M.forward(team, M.adjoint(team, U)),
+        lambda U: M.square(team, U),
         start,
         wanted=rank,
         most=min(side, MOST_PER_RANK * rank + max(8 * block, LEAST_BASIS)),
@@ -345,7 +343,7 @@ def _outliers(team: Team, M: WeightedMatrix) -> tuple[Tensor, float]:
     side = min(M.W.shape)
     found = block_lanczos(
         team,
-        lambda U: M.forward(team, M.adjoint(team, U)),
+        lambda U: M.square(team, U),
         M.forward(team, random_block(M.W.shape[1], OUTLIERS, M.W)),
         wanted=OUTLIERS,
         most=min(side, 16 * OUTLIERS),
@@ -552,7 +550,6 @@ def _certified(
     if neighbour is not None:
         gaps = (values.square() - neighbour**2).abs().clamp(min=torch.finfo(values.dtype).tiny)
         angle = min(float(torch.linalg.vector_norm(residuals / gaps)) + towards, 1.0)
-    identity = torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
     return {
         "U": U,
         "projected": projected,
@@ -560,8 +557,13 @@ def _certified(
         "residual": float(residuals.max()) / largest**2 if largest > 0 else 0.0,
         "relative": relative,
         "angle": angle,
-        "orthonormality": float((U.T @ U - identity).abs().max()),
+        "orthonormality": _orthonormality(U),
     }
+
+
+def _orthonormality(U: Tensor) -> float:
+    """The largest entry of `|UᵀU − I|`."""
+    return float((U.T @ U - torch.eye(U.shape[1], dtype=U.dtype, device=U.device)).abs().max())
 
 
 def _badness(found: Subspace) -> tuple[bool, float]:
