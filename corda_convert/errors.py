@@ -1,6 +1,6 @@
 """Everything that this program refuses, as one family of exceptions.
 
-Leaf code raises with fields; only `cli.py` catches the family and prints it. A message has three parts: what does not
+Leaf code raises with fields; only `cli` catches the family and prints it. A message has three parts: what does not
 fit (tensor, file, expected, found), the likely cause where it is known, and the next command to type.
 """
 

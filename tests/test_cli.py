@@ -29,7 +29,8 @@ from conftest import Ran, assert_no_leftovers
 
 import corda_convert
 from corda_convert import engine
-from corda_convert.cli import Size, cli
+from corda_convert.cli import cli
+from corda_convert.cli.parameters import Size
 from corda_convert.operations.transforms import FoldTransform
 from corda_convert.output import journal, staging
 from corda_convert.output.side_files import SideFile

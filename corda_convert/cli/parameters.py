@@ -1,0 +1,110 @@
+"""Types of the command line's values, and the options that many commands share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 1 << 10,
+    "mi": 1 << 20,
+    "gi": 1 << 30,
+    "ti": 1 << 40,
+}
+
+
+class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """Bytes, with a decimal or binary unit: 700MB, 1.5GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", str(value).lower())
+        if match is None:
+            self.fail(f"{value!r} is no size; write 700MB or 1.5GiB", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+class Damp(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A number, or `peft`."""
+
+    name = "number|peft"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "peft":
+            return value
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            self.fail(f"{value!r} is neither a number nor 'peft'", param, ctx)
+
+
+class Count(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A number of parameters: 20000000 or 20M."""
+
+    name = "params"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)\s*", str(value).lower())
+        count = 0 if match is None else round(float(match[1]) * _UNITS[match[2]])
+        if count < 1:
+            self.fail(f"{value!r} is no number of parameters; write 20000000 or 20M", param, ctx)
+        return count
+
+
+class Pattern(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """`NAME=VALUE`: a pattern for module names, and a value of another type."""
+
+    name = "name=value"
+
+    def __init__(self, value_type: click.ParamType) -> None:  # type: ignore[type-arg,unused-ignore]
+        self.value_type = value_type
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        pattern, separator, number = str(value).rpartition("=")
+        if not separator or not pattern:
+            self.fail(f"{value!r} is not NAME=VALUE", param, ctx)
+        return pattern, self.value_type.convert(number, param, ctx)
+
+
+def run_options(command: _Command) -> _Command:
+    """The options that every command that writes a folder has."""
+    options = (
+        click.option(
+            "-o", "--output", required=True, type=click.Path(path_type=Path), help="Output folder; must be new."
+        ),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16", "float16"]),
+            help="Dtype of the output's weights. [default: each tensor's own]",
+        ),
+        click.option("--max-memory", type=Size(), help="Most memory to use, the program included, such as 700MB."),
+        click.option("--dry-run", is_flag=True, help="Plan and check everything; write nothing."),
+        click.option("--overwrite", is_flag=True, help="Replace an output that corda-convert made."),
+        click.option("--push-to", metavar="REPO_ID", help="Publish the output to this Hub repository (owner/name)."),
+        click.option("--private", is_flag=True, help="Make that repository private."),
+        click.option("--json", "as_json", is_flag=True, help="Print the receipt as one JSON object on stdout."),
+        click.option("-q", "--quiet", is_flag=True, help="No progress and no summary."),
+        click.option("-v", "--verbose", is_flag=True, help="Also list every tensor that was changed."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command

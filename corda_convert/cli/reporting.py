@@ -1,0 +1,94 @@
+"""What the commands have in common: paths that must be there, the options of a run, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from corda_convert.distributed import Alone, Ranks
+
+if TYPE_CHECKING:
+    from corda_convert.hub import Publication
+    from corda_convert.operations.options import Outcome, RunOptions
+
+
+def check_paths(options: dict[str, Any], *paths: tuple[str, Path | None]) -> Path:
+    """Refuses paths that are not there, before torch is imported. Returns the output."""
+    from corda_convert.checkpoint.folder import missing_path
+
+    for what, path in paths:
+        if path is not None and not path.exists():
+            raise missing_path(path, what)
+    output: Path = options["output"]
+    return output
+
+
+def run_options_of(options: dict[str, Any]) -> RunOptions:
+    """What `run_options` gave, as the operations take it."""
+    from corda_convert.operations.options import RunOptions
+
+    return RunOptions(
+        device=options["device"],
+        dtype=options["dtype"],
+        max_memory_bytes=options["max_memory"],
+        dry_run=options["dry_run"],
+        overwrite=options["overwrite"],
+        push_to=options["push_to"],
+        private=options["private"],
+        progress=not options["quiet"],
+        ranks=ranks(),
+    )
+
+
+def ranks() -> Ranks:
+    """The processes that share the work of the command that is run."""
+    found: Ranks | None = click.get_current_context().obj
+    return Alone() if found is None else found
+
+
+def report(outcome: Outcome, options: dict[str, Any]) -> None:
+    """Prints the notes of a finished command, and its receipt or a summary. Only rank 0 speaks."""
+    if ranks().place.rank > 0:
+        return
+    for warning in outcome.warnings:
+        click.echo(f"Note: {warning}", err=True)
+    if options["as_json"]:
+        published = {} if outcome.publication is None else {"published": publication_facts(outcome.publication)}
+        click.echo(json.dumps({**outcome.receipt, **published}, indent=1, ensure_ascii=False))
+    elif not options["quiet"]:
+        _print_summary(outcome, dry_run=options["dry_run"], verbose=options["verbose"])
+        if outcome.publication is not None:
+            print_publication(outcome.publication)
+
+
+def _print_summary(outcome: Outcome, *, dry_run: bool, verbose: bool) -> None:
+    from corda_convert.output.summary import describe, describe_plan, describe_tensors
+
+    if dry_run:
+        click.echo(describe_plan(outcome.receipt, outcome.output))
+        return
+    if verbose:
+        click.echo(describe_tensors(outcome.receipt))
+    click.echo(describe(outcome.receipt, outcome.output))
+
+
+def publication_facts(publication: Publication) -> dict[str, Any]:
+    """For `--json`."""
+    return {
+        "repo_id": publication.repo_id,
+        "url": publication.url,
+        "commit": publication.commit,
+        "files": publication.files,
+        "bytes": publication.total_bytes,
+    }
+
+
+def print_publication(publication: Publication) -> None:
+    """Says what was published, and where, in a line."""
+    click.echo(
+        f"Published {publication.files} files ({publication.total_bytes / 1e6:,.1f} MB) as {publication.repo_id}, "
+        f"commit {publication.commit[:12]}: {publication.url}"
+    )
