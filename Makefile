@@ -26,7 +26,7 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 kills: $(READY)
 	CORDA_CONVERT_KILLS=200 $(BIN)/python -m pytest tests/test_resume.py -k killed
