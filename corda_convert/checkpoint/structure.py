@@ -159,6 +159,12 @@ def read_structure(
         return None if model is None else _describe(model, specs)
 
 
+def structure_of(model: Any, specs: Mapping[str, Shaped]) -> ModelStructure:
+    """The structure of a model that is built already."""
+    with _quiet(), _no_garbage_collection():
+        return _describe(model, specs)
+
+
 def _choose(folder: Path, config: dict[str, Any], specs: Mapping[str, Shaped], wanted: Collection[str]) -> Any:
     """The model of the class that has the most of the wanted names, the first of equals."""
     best, most = None, -1

@@ -1,0 +1,1 @@
+"""Running a transformers model one decoder layer at a time."""
