@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -15,7 +16,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from corda_convert.errors import InputNotFound, PublishFailed
-from corda_convert.hub import check_access, push_folder, translated_errors
+from corda_convert.hub import Destination, check_access, push_folder, translated_errors
 
 # The client's own way of handing a file to its HTTP library.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -88,8 +89,8 @@ def shown_files(folder: Path) -> dict[str, bytes]:
     return {n.as_posix(): p.read_bytes() for n, p in names.items() if not any(x.startswith(".") for x in n.parts)}
 
 
-def push(folder: Path, api: HfApi, *, private: bool = False, repo_id: str = REPO):
-    return push_folder(folder, repo_id, private=private, commit_message="Publish the merged model", api=api)
+def push(folder: Path, api: HfApi, *, repo_id: str = REPO, **options):
+    return push_folder(folder, Destination(repo_id, message="Publish the merged model", **options), api=api)
 
 
 def test_one_commit_holds_the_whole_folder(hub: Hub, api: HfApi, folder: Path, tmp_path: Path) -> None:
@@ -114,7 +115,9 @@ def test_one_commit_holds_the_whole_folder(hub: Hub, api: HfApi, folder: Path, t
 
 def test_the_same_folder_again_is_no_new_commit(hub: Hub, api: HfApi, folder: Path) -> None:
     first = push(folder, api)
-    assert push(folder, api) == first
+    uploads = len(hub.requests_to("/lfs-storage/"))
+    assert push(folder, api) == replace(first, is_new=False)
+    assert len(hub.requests_to("/lfs-storage/")) == uploads
     assert len(hub.repositories[REPO].history()) == 1
 
 
@@ -146,7 +149,10 @@ def test_private_is_private(hub: Hub, api: HfApi, folder: Path) -> None:
 
 def test_private_into_a_public_repository_is_refused_before_uploading(hub: Hub, api: HfApi, folder: Path) -> None:
     hub.add_repository(REPO)
-    for attempt in (lambda: push(folder, api, private=True), lambda: check_access(REPO, private=True, api=api)):
+    for attempt in (
+        lambda: push(folder, api, private=True),
+        lambda: check_access(Destination(REPO, private=True), api=api),
+    ):
         with pytest.raises(PublishFailed, match="exists and is public"):
             attempt()
     assert not hub.requests_to("preupload")
@@ -154,7 +160,7 @@ def test_private_into_a_public_repository_is_refused_before_uploading(hub: Hub, 
 
 
 def test_an_organisation_of_the_account(hub: Hub, api: HfApi, folder: Path) -> None:
-    check_access("wonderland/merged", api=api)
+    check_access(Destination("wonderland/merged"), api=api)
     push(folder, api, repo_id="wonderland/merged")
     assert hub.repositories["wonderland/merged"].files() == shown_files(folder)
 
@@ -166,7 +172,7 @@ def test_an_organisation_of_the_account(hub: Hub, api: HfApi, folder: Path) -> N
 )
 def test_without_a_good_token(hub: Hub, folder: Path, token: str | None) -> None:
     api = HfApi(endpoint=hub.endpoint, token=token)
-    for attempt in (lambda: push(folder, api), lambda: check_access(REPO, api=api)):
+    for attempt in (lambda: push(folder, api), lambda: check_access(Destination(REPO), api=api)):
         with pytest.raises(PublishFailed) as caught:
             attempt()
         assert caught.value.why
@@ -177,19 +183,19 @@ def test_without_a_good_token(hub: Hub, folder: Path, token: str | None) -> None
 
 def test_not_logged_in(hub: Hub) -> None:
     with pytest.raises(PublishFailed, match="hf auth login"):
-        check_access(REPO)
+        check_access(Destination(REPO))
     assert hub.requests == []
 
 
 def test_check_access_asks_little_and_changes_nothing(hub: Hub, api: HfApi) -> None:
-    check_access(REPO, private=True, api=api)
+    check_access(Destination(REPO, private=True), api=api)
     assert {request.method for request in hub.requests} == {"GET"}
     assert hub.repositories == {}
 
 
 @pytest.mark.parametrize("repo_id", ["merged", "a/b/c", "alice/me--rged", "", "alice/merged.git", "./out", "alice/é"])
 def test_what_is_not_a_repository_name(hub: Hub, api: HfApi, folder: Path, repo_id: str) -> None:
-    for attempt in (lambda: push(folder, api, repo_id=repo_id), lambda: check_access(repo_id, api=api)):
+    for attempt in (lambda: push(folder, api, repo_id=repo_id), lambda: check_access(Destination(repo_id), api=api)):
         with pytest.raises(PublishFailed, match="NAMESPACE/NAME"):
             attempt()
     assert hub.requests == []
@@ -197,7 +203,7 @@ def test_what_is_not_a_repository_name(hub: Hub, api: HfApi, folder: Path, repo_
 
 def test_the_namespace_of_somebody_else(hub: Hub, api: HfApi, folder: Path) -> None:
     with pytest.raises(PublishFailed, match="neither the account nor one of its organisations: alice, wonderland"):
-        check_access("bob/merged", api=api)
+        check_access(Destination("bob/merged"), api=api)
     with pytest.raises(PublishFailed, match="403"):
         push(folder, api, repo_id="bob/merged")
     hub.add_repository("bob/public")
@@ -212,7 +218,7 @@ def test_the_namespace_of_somebody_else(hub: Hub, api: HfApi, folder: Path) -> N
 def test_a_token_that_may_only_read(hub: Hub, folder: Path) -> None:
     api = HfApi(endpoint=hub.endpoint, token=hub.add_account(Account("alice", role="read")))
     with pytest.raises(PublishFailed, match="may only read"):
-        check_access(REPO, api=api)
+        check_access(Destination(REPO), api=api)
     with pytest.raises(PublishFailed, match="403"):
         push(folder, api)
 
@@ -224,7 +230,7 @@ def test_a_failed_commit_shows_nothing_and_can_be_repeated(hub: Hub, api: HfApi,
     message = str(caught.value)
     assert "out of order for hf_***" in message
     assert hub.token not in message
-    assert f"corda-convert push '{folder}' {REPO} --private" in message
+    assert f"corda-convert push '{folder}' {REPO} --private --commit-message" in message
     assert hub.repositories[REPO].files() == {}
 
     uploads = len(hub.requests_to("/lfs-storage/"))
@@ -255,7 +261,7 @@ def test_a_refused_upload_is_told_with_its_cause(hub: Hub, api: HfApi, folder: P
         ("/api/repos/create", 409, None),  # the repository exists: that is fine
         ("/api/repos/create", 502, "try again later"),
         (f"/api/models/{REPO}/tree", 404, "Check the name"),
-        ("/commit/main", 412, "Somebody else"),
+        ("/commit/main", 403, "may write"),
         ("/info/lfs/objects/verify", 422, "push it again"),
     ],
 )
@@ -316,7 +322,7 @@ def test_nobody_answers(hub: Hub, folder: Path) -> None:
     with running_hub() as gone:
         pass
     api = HfApi(endpoint=gone.endpoint, token=hub.token)
-    for attempt in (lambda: push(folder, api), lambda: check_access(REPO, api=api)):
+    for attempt in (lambda: push(folder, api), lambda: check_access(Destination(REPO), api=api)):
         with pytest.raises(PublishFailed, match="Check the connection"):
             attempt()
 
@@ -324,7 +330,7 @@ def test_nobody_answers(hub: Hub, folder: Path) -> None:
 def test_offline(hub: Hub, api: HfApi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(PublishFailed, match="Unset HF_HUB_OFFLINE"):
-        check_access(REPO, api=api)
+        check_access(Destination(REPO), api=api)
 
 
 def test_folders_that_cannot_be_published(hub: Hub, api: HfApi, tmp_path: Path) -> None:
@@ -360,11 +366,11 @@ def test_in_a_process_of_its_own(hub: Hub, folder: Path, tmp_path: Path, logged_
 import json, sys
 from pathlib import Path
 from corda_convert.errors import PublishFailed
-from corda_convert.hub import check_access, push_folder
+from corda_convert.hub import Destination, check_access, push_folder
 assert "huggingface_hub" not in sys.modules
 try:
-    check_access({REPO!r})
-    made = push_folder(Path({str(folder)!r}), {REPO!r}, commit_message="From a child")
+    check_access(Destination({REPO!r}))
+    made = push_folder(Path({str(folder)!r}), Destination({REPO!r}, message="From a child"))
 except PublishFailed as error:
     raise SystemExit(str(error))
 assert "torch" not in sys.modules

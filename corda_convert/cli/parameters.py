@@ -84,6 +84,21 @@ class Pattern(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return pattern, self.value_type.convert(number, param, ctx)
 
 
+_PUBLISHING = (
+    click.option("--private", is_flag=True, help="Make the repository private; a public one is refused."),
+    click.option("--revision", metavar="BRANCH", help="Publish to this branch, made if there is none of that name."),
+    click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing to the branch."),
+    click.option("--commit-message", metavar="TEXT", help="First line of the commit. [default: names the command]"),
+)
+
+
+def publishing_options(command: _Command) -> _Command:
+    """How something is published."""
+    for option in reversed(_PUBLISHING):
+        command = option(command)
+    return command
+
+
 def run_options(command: _Command) -> _Command:
     """The options that every command that writes a folder has."""
     options = (
@@ -100,7 +115,7 @@ def run_options(command: _Command) -> _Command:
         click.option("--dry-run", is_flag=True, help="Plan and check everything; write nothing."),
         click.option("--overwrite", is_flag=True, help="Replace an output that corda-convert made."),
         click.option("--push-to", metavar="REPO_ID", help="Publish the output to this Hub repository (owner/name)."),
-        click.option("--private", is_flag=True, help="Make that repository private."),
+        *_PUBLISHING,
         click.option("--json", "as_json", is_flag=True, help="Print the receipt as one JSON object on stdout."),
         click.option("-q", "--quiet", is_flag=True, help="No progress and no summary."),
         click.option("-v", "--verbose", is_flag=True, help="Also list every tensor that was changed."),

@@ -30,6 +30,10 @@ def run_options_of(options: dict[str, Any]) -> RunOptions:
     """What `run_options` gave, as the operations take it."""
     from corda_convert.operations.options import RunOptions
 
+    if options["push_to"] is None:
+        for name in ("private", "revision", "create_pr", "commit_message"):
+            if options[name]:
+                raise click.UsageError(f"--{name.replace('_', '-')} is about publishing: give --push-to, too.")
     return RunOptions(
         device=options["device"],
         dtype=options["dtype"],
@@ -38,6 +42,9 @@ def run_options_of(options: dict[str, Any]) -> RunOptions:
         overwrite=options["overwrite"],
         push_to=options["push_to"],
         private=options["private"],
+        revision=options["revision"],
+        create_pr=options["create_pr"],
+        commit_message=options["commit_message"],
         progress=not options["quiet"],
         ranks=ranks(),
     )
@@ -81,14 +88,22 @@ def publication_facts(publication: Publication) -> dict[str, Any]:
         "repo_id": publication.repo_id,
         "url": publication.url,
         "commit": publication.commit,
+        "pull_request": publication.pull_request,
         "files": publication.files,
         "bytes": publication.total_bytes,
+        "new_commit": publication.is_new,
     }
 
 
 def print_publication(publication: Publication) -> None:
     """Says what was published, and where, in a line."""
-    click.echo(
-        f"Published {publication.files} files ({publication.total_bytes / 1e6:,.1f} MB) as {publication.repo_id}, "
-        f"commit {publication.commit[:12]}: {publication.url}"
-    )
+    files = f"{publication.files} files ({publication.total_bytes / 1e6:,.1f} MB)"
+    if not publication.is_new:
+        click.echo(
+            f"{publication.repo_id} has all {files} already, commit {publication.commit[:12]}: {publication.url}"
+        )
+    elif publication.pull_request:
+        click.echo(f"Opened a pull request for {files} in {publication.repo_id}: {publication.pull_request}")
+    else:
+        where = f"{publication.repo_id}, commit {publication.commit[:12]}: {publication.url}"
+        click.echo(f"Published {files} as {where}")

@@ -31,6 +31,9 @@ class RunOptions:
         overwrite: replace an output folder that this program made.
         push_to: Hub repository to publish the output to, `owner/name`.
         private: make that repository private.
+        revision: branch of that repository, made if there is none of that name; None for the default one.
+        create_pr: open a pull request there instead of committing.
+        commit_message: first line of the commit; None for one that names the command.
         progress: show a progress bar on stderr.
         ranks: the processes that share the work, each of which runs the same command; the command line takes torchrun's.
     """
@@ -42,6 +45,9 @@ class RunOptions:
     overwrite: bool = False
     push_to: str | None = None
     private: bool = False
+    revision: str | None = None
+    create_pr: bool = False
+    commit_message: str | None = None
     progress: bool = False
     ranks: Ranks = Alone()  # noqa: RUF009 - it has no state
 

@@ -21,6 +21,7 @@ from corda_convert.operations.certificates import certificate_warnings
 from corda_convert.operations.covariance_warnings import covariance_warnings
 from corda_convert.operations.dequantize import DequantizeTransform
 from corda_convert.operations.options import Outcome, RunOptions
+from corda_convert.operations.push import destination_of, publish
 from corda_convert.operations.resuming import identify, plan_digest, take_over
 from corda_convert.operations.rounding import rounding_warnings
 from corda_convert.operations.sharing import check_agreement, run_shared
@@ -160,8 +161,8 @@ def produce(production: Production, run: RunOptions, ahead: ReadAhead | None = N
     is_first = ranks.place.rank == 0
     if is_first:
         staging.check_output(production.output, [source.path for source in production.inputs], overwrite=run.overwrite)
-        if run.push_to is not None:
-            hub.check_access(run.push_to, private=run.private)
+        if (destination := destination_of(run)) is not None:
+            hub.check_access(destination)
     device = run.torch_device()
     _limit_threads(ranks.place)
     digests = {} if ahead is None else ahead.stop()
@@ -190,9 +191,8 @@ def produce(production: Production, run: RunOptions, ahead: ReadAhead | None = N
         receipt = _fill(production, plan, folder, device, run, receipt, digests)
     ranks.exchange(None)
     publication = None
-    if run.push_to is not None:
-        message = f"{production.command} with corda-convert"
-        publication = hub.push_folder(production.output, run.push_to, private=run.private, commit_message=message)
+    if destination is not None:
+        publication = publish(production.output, receipt, destination)
     return Outcome(production.output, plan, receipt, publication, tuple(receipt["warnings"]))
 
 

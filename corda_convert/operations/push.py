@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from corda_convert import hub
 from corda_convert.checkpoint.folder import RECEIPT_FILE
-from corda_convert.errors import InputNotFound, MalformedFile, PublishFailed
-from corda_convert.output.digests import file_sha256
+from corda_convert.errors import InputNotFound, MalformedFile, PublishFailed, some
 from corda_convert.output.receipt import read_receipt
+from corda_convert.output.summary import describe
+
+if TYPE_CHECKING:
+    from corda_convert.operations.options import RunOptions
 
 
-def push(folder: Path | str, repo_id: str, *, private: bool = False) -> hub.Publication:
+def push(
+    folder: Path | str,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+) -> hub.Publication:
     """Uploads a sealed folder in one commit.
+
+    Args:
+        folder: an output of this program.
+        repo_id: where to, as NAMESPACE/NAME.
+        private: make the repository private.
+        revision: the branch, made if there is none of that name.
+        create_pr: open a pull request instead.
+        commit_message: first line of the commit.
 
     Raises `InputNotFound`, `MalformedFile` for a folder that is not sealed or was altered since (the files are listed),
     or `PublishFailed`.
@@ -26,35 +49,60 @@ def push(folder: Path | str, repo_id: str, *, private: bool = False) -> hub.Publ
             f"{path} holds no {RECEIPT_FILE}, so it is not a finished output of corda-convert.",
             next_step="Make it again, or upload it yourself:  hf upload " + f"{repo_id} {path}",
         )
-    altered = check_sealed(path, receipt)
+    destination = hub.Destination(repo_id, private, revision, create_pr, commit_message)
+    hub.check_access(destination)
+    files = hub.published_files(path)
+    altered = altered_files(receipt, files)
     if altered:
         raise MalformedFile(
-            f"{path} is not what its receipt says: {'; '.join(altered[:8])}.",
+            f"{path} is not what its receipt says: {some(altered, 8)}.",
             why="Files were changed, added or removed after it was made.",
             next_step="Make it again.",
         )
-    hub.check_access(repo_id, private=private)
-    message = f"{receipt.get('command')} with corda-convert"
-    return hub.push_folder(path, repo_id, private=private, commit_message=message)
+    return _publish(path, receipt, destination, files)
 
 
-def check_sealed(folder: Path, receipt: dict[str, object]) -> list[str]:
-    """What differs between a folder and its receipt: missing, added and changed files."""
+def publish(folder: Path, receipt: Mapping[str, Any], destination: hub.Destination) -> hub.Publication:
+    """Uploads a folder that was just sealed: its digests are the receipt's. Raises `PublishFailed`."""
+    known = {str(entry["name"]): str(entry["sha256"]) for entry in receipt["files"]}
+    return _publish(folder, receipt, destination, hub.published_files(folder, known))
+
+
+def _publish(
+    folder: Path, receipt: Mapping[str, Any], destination: hub.Destination, files: list[hub.PublishedFile]
+) -> hub.Publication:
+    message = destination.message or f"{receipt.get('command')} with corda-convert"
+    return hub.push_folder(
+        folder, replace(destination, message=message), description=commit_description(receipt, destination), files=files
+    )
+
+
+def destination_of(run: RunOptions) -> hub.Destination | None:
+    """Where `--push-to` and its companions lead, if they were given."""
+    if run.push_to is None:
+        return None
+    return hub.Destination(run.push_to, run.private, run.revision, run.create_pr, run.commit_message)
+
+
+def commit_description(receipt: Mapping[str, Any], destination: hub.Destination) -> str:
+    """The receipt's summary, for the body of the commit; nothing where the receipt lacks what that says."""
+    with suppress(KeyError, TypeError, ValueError, AttributeError):  # one that somebody else has written
+        return describe(receipt, Path(destination.repo_id))
+    return ""
+
+
+def altered_files(receipt: Mapping[str, Any], files: list[hub.PublishedFile]) -> list[str]:
+    """What differs between a folder's files and its receipt: missing, added and changed ones."""
     entries = receipt.get("files")
-    if not isinstance(entries, list):
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         return ["the receipt lists no files"]
-    listed = {str(entry["name"]): entry for entry in entries}
-    present = {
-        path.relative_to(folder).as_posix(): path
-        for path in folder.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    }
-    present.pop(RECEIPT_FILE, None)
-    differences = [f"{name} is missing" for name in listed if name not in present]
-    differences += [f"{name} was added" for name in present if name not in listed]
-    for name, path in present.items():
-        if name in listed and (
-            path.stat().st_size != listed[name]["bytes"] or file_sha256(path) != listed[name]["sha256"]
-        ):
-            differences.append(f"{name} was changed")
-    return differences
+    listed = {str(entry.get("name")): (entry.get("bytes"), entry.get("sha256")) for entry in entries}
+    present = {file.name: file for file in files if file.name != RECEIPT_FILE}
+    differing = [f"{name} is missing" for name in listed if name not in present]
+    differing += [f"{name} was added" for name in present if name not in listed]
+    differing += [
+        f"{name} was changed"
+        for name, file in present.items()
+        if name in listed and listed[name] != (file.nbytes, file.sha256)
+    ]
+    return differing

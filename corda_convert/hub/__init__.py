@@ -1,0 +1,24 @@
+"""Publishing to the Hugging Face Hub, in one commit that is checked afterwards.
+
+The endpoint, the token and the caches are the client's own business (HF_ENDPOINT, HF_TOKEN, `hf auth login`). Whatever
+goes wrong there leaves this package as `PublishFailed`, without a token in its text.
+"""
+
+from corda_convert.hub.access import check_access
+from corda_convert.hub.client import LOG_IN, connected, redacted, translated_errors
+from corda_convert.hub.files import PublishedFile, published_files
+from corda_convert.hub.publishing import Destination, Publication, Upload, push_folder
+
+__all__ = [
+    "LOG_IN",
+    "Destination",
+    "Publication",
+    "PublishedFile",
+    "Upload",
+    "check_access",
+    "connected",
+    "published_files",
+    "push_folder",
+    "redacted",
+    "translated_errors",
+]
