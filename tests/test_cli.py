@@ -51,8 +51,8 @@ def merging(tmp_path: Path) -> tuple[object, ...]:
 # Help
 
 
-def test_there_are_five_commands() -> None:
-    assert COMMANDS == ["decompose", "inspect", "merge", "push", "to-lora"]
+def test_there_are_these_commands() -> None:
+    assert COMMANDS == ["decompose", "inspect", "merge", "plot", "push", "to-lora"]
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])

@@ -1,0 +1,215 @@
+"""Pictures: the numbers in them against float64 and by hand, their bytes, and the refusals."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from building import FIXTURES, MODEL
+from conftest import Ran, checked_refusal
+from safetensors.torch import load_file, save_file
+
+from corda_convert.operations import plot_covs as covs_operation
+from corda_convert.operations.plot_spectrum import SpectrumOptions, plot_spectrum
+from corda_convert.plotting.heatmaps import Heatmap, covariances_figure
+from corda_convert.plotting.pictures import STROKES
+from corda_convert.plotting.spectra import Cut, Spectrum, spectra_figure
+from corda_convert.plotting.truncations import TruncationCurves, truncation_figure
+
+KNOWLEDGE = FIXTURES / "covariances" / "knowledge.safetensors"
+TASK = FIXTURES / "covariances" / "task.safetensors"
+LAYER = "model.layers.2.mlp.down_proj"
+
+
+def test_covariances_are_drawn_twice_with_the_same_bytes_in_both_formats(
+    done: Callable[..., Ran], tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        ran = done(
+            "plot",
+            "covs",
+            KNOWLEDGE,
+            TASK,
+            "--layer",
+            LAYER,
+            "-o",
+            tmp_path / f"{name}.png",
+            "-o",
+            tmp_path / f"{name}.svg",
+        )
+        assert "1 layers of 2 files" in ran.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.svg", "b.png", "b.svg"]
+    for kind in ("png", "svg"):
+        assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+    svg = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    for text in ("knowledge", "task", LAYER, "mean |C| of a cell"):
+        assert text in svg
+
+
+def test_a_cell_is_the_mean_absolute_value_of_its_block_relative_to_the_diagonal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    C = torch.randn(12, 12, dtype=torch.float64)
+    C = C @ C.T
+    save_file({"m.0.p": C.float(), "m.0.q": torch.eye(2)}, tmp_path / "c.safetensors")
+    drawn: list[Any] = []
+    monkeypatch.setattr(covs_operation, "save", lambda *_: None)
+    monkeypatch.setattr(covs_operation, "covariances_figure", lambda rows, names: drawn.append((rows, names)))
+    covs_operation.plot_covs([tmp_path / "c.safetensors"], outputs=[tmp_path / "c.png"], layers=["p"], cells=4)
+    (((layer, (heatmap,)),), names) = drawn[0]
+    assert (layer, names, heatmap.side) == ("m.0.p", ["c"], 12)
+    expected = C.abs().reshape(4, 3, 4, 3).mean(dim=(1, 3)) / C.diagonal().mean()
+    torch.testing.assert_close(torch.tensor(heatmap.values, dtype=torch.float64), expected, rtol=1e-5, atol=0)
+
+
+def test_all_heatmaps_have_one_scale_on_which_an_outlier_is_the_brightest() -> None:
+    quiet = Heatmap([[1.0, 0.1], [0.1, 1.0]], 64)
+    outlier = Heatmap([[50.0, 1e-9], [1e-9, 1.0]], 64)
+    figure = covariances_figure([("a", [quiet, outlier]), ("b", [quiet, quiet])], ["one", "two"])
+    images = [ax.images[0] for ax in figure.axes if ax.images]
+    assert len(images) == 4
+    assert {(image.norm.vmin, image.norm.vmax) for image in images} == {(50.0 / 1e4, 50.0)}
+    assert float(images[1].get_array().min()) == 50.0 / 1e4
+
+
+def test_without_names_the_layers_of_the_middle_block_are_drawn(done: Callable[..., Ran], tmp_path: Path) -> None:
+    assert covs_operation.middle_layers(["b.0.x", "b.1.x", "b.1.y", "b.2.x"], 5) == ("b.1.x", "b.1.y")
+    assert covs_operation.middle_layers(["x", "y", "z"], 2) == ("x", "y")
+    assert "4 layers of 1 files" in done("plot", "covs", KNOWLEDGE, "-o", tmp_path / "c.png").out
+
+
+def test_singular_values_are_those_of_a_float64_svd(tmp_path: Path) -> None:
+    options = SpectrumOptions(("corda", "svd", "asvd", "svd-llm"), [LAYER], "kpm", 16, device="cpu")
+    (spectrum,) = plot_spectrum(MODEL, outputs=[tmp_path / "s.svg"], covariances=KNOWLEDGE, options=options)
+    stored = {}
+    for shard in MODEL.glob("*.safetensors"):
+        stored |= load_file(shard)
+    W = stored[f"{LAYER}.weight"].double()
+    collected = load_file(KNOWLEDGE)
+    C, scale = collected[LAYER].double(), collected[f"{LAYER}.mean_abs"].double()
+    root = torch.linalg.cholesky(C)
+    damped = C + 0.01 * C.diagonal().mean() * torch.eye(len(C))
+    expected = {"corda": W @ damped, "svd": W, "asvd": W * scale.sqrt(), "svd-llm": W @ root}
+    assert list(spectrum.values) == list(expected)
+    for method, product in expected.items():
+        found = torch.tensor(spectrum.values[method], dtype=torch.float64)
+        torch.testing.assert_close(found, torch.linalg.svdvals(product), rtol=1e-9, atol=1e-12)
+    svg = (tmp_path / "s.svg").read_text(encoding="utf-8")
+    for text in (*expected, "taken: kpm, rank 16", LAYER, "singular value / largest", "component, from the largest"):
+        assert text in svg
+
+
+@pytest.mark.parametrize(("mode", "span"), [("ipm", (0.5, 3.5)), ("kpm", (7.5, 10.5))])
+def test_the_values_that_are_taken_are_shaded_at_their_end(mode: Any, span: tuple[float, float]) -> None:
+    values = [2.0**-n for n in range(10)]
+    figure = spectra_figure([Spectrum("layer", (10, 12), {"corda": values})], Cut(3, mode))
+    (ax,) = figure.axes
+    (line,) = ax.lines
+    assert list(line.get_xdata()) == list(range(1, 11))
+    assert list(line.get_ydata()) == values
+    (shaded,) = [patch for patch in ax.patches if patch.get_label() == f"taken: {mode}, rank 3"]
+    assert (shaded.get_x(), shaded.get_x() + shaded.get_width()) == span
+
+
+def test_a_spectrum_of_the_weights_alone_needs_no_covariances(done: Callable[..., Ran], tmp_path: Path) -> None:
+    ran = done(
+        "plot", "spectrum", MODEL, "--method", "svd", "--layer", "layers.0.self_attn.q_proj", "-o", tmp_path / "s.png"
+    )
+    assert ran.out == f"1 layers, svd: {tmp_path / 's.png'}\n"
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_are_told_apart_by_colour_marker_and_dash() -> None:
+    for part in ("color", "marker", "dash"):
+        first = [getattr(stroke, part) for stroke in STROKES[:4]]
+        assert len(set(first)) == 4
+    curves = {
+        method: [(4, 10.0), (8, 20.0 + place)] for place, method in enumerate(("svd", "asvd", "corda", "svd-llm"))
+    }
+    figure = truncation_figure(
+        [TruncationCurves("text", 9.0, curves), TruncationCurves("other", None, {"corda": [(4, 9.0)]})]
+    )
+    first, second = figure.axes
+    drawn = {line.get_label(): line for line in first.lines}
+    assert set(drawn) == {*curves, "nothing discarded"}
+    assert list(drawn["asvd"].get_ydata()) == [10.0, 21.0]
+    assert len({(line.get_color(), line.get_marker(), str(line.get_linestyle())) for line in drawn.values()}) == 5
+    assert second.lines[0].get_color() == drawn["corda"].get_color()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [*curves, "nothing discarded"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (KNOWLEDGE, "--layer", "nothing"),
+            "--layer 'nothing' matches no layer.\nThe layers end in: down_proj, gate_proj",
+        ),
+        ((KNOWLEDGE, "--layer", "("), "--layer '(' matches no layer"),
+        ((FIXTURES / "none.safetensors",), "No such covariance file"),
+    ],
+)
+def test_covariances_that_cannot_be_drawn_are_refused(
+    arguments: tuple[Any, ...], message: str, command: Callable[..., Ran], tmp_path: Path
+) -> None:
+    ran = command("plot", "covs", *arguments, "-o", tmp_path / "c.png")
+    assert message in checked_refusal(ran, tmp_path / "c.png")
+
+
+def test_files_without_a_layer_in_common_or_with_bad_numbers_are_refused(
+    command: Callable[..., Ran], tmp_path: Path
+) -> None:
+    bad = torch.eye(8)
+    bad[0, 0] = torch.nan
+    save_file({"m.0.p": torch.eye(8), "m.0.z": torch.zeros(8, 8), "m.0.n": bad}, tmp_path / "a.safetensors")
+    save_file({"m.0.q": torch.eye(8)}, tmp_path / "b.safetensors")
+
+    def said(*arguments: Any) -> str:
+        return checked_refusal(command("plot", "covs", *arguments, "-o", tmp_path / "c.png"), tmp_path / "c.png")
+
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    assert "have no covariance in common" in said(a, b)
+    assert f"{b} has no covariance of m.0.p" in said(a, b, "--layer", "p")
+    assert "m.0.z" in said(a, "--layer", "z")
+    assert "is zero: no sample reached this layer" in said(a, "--layer", "z")
+    assert "holds NaN or Inf" in said(a, "--layer", "n")
+
+
+def test_outputs_are_checked_before_anything_else(
+    command: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = tmp_path / "there.png"
+    there.write_bytes(b"kept")
+    ran = command("plot", "covs", "none", "-o", there, "-o", "x.jpg", "-o", tmp_path / "no" / "x.svg")
+    assert ran.status == 1
+    for part in (
+        f"{there} is there already",
+        "x.jpg is neither .png nor .svg",
+        f"There is no folder {tmp_path / 'no'}",
+    ):
+        assert part in ran.err
+    assert there.read_bytes() == b"kept"
+    assert command("plot", "covs", KNOWLEDGE, "--overwrite", "-q", "-o", there).status == 0
+    assert there.read_bytes() != b"kept"
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install matplotlib" in command("plot", "covs", KNOWLEDGE, "-o", tmp_path / "y.png").err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "Method corda needs covariances"),
+        (("--cov", KNOWLEDGE, "--mode", "kpm"), "--mode and --rank say together"),
+        (("--cov", KNOWLEDGE, "--mode", "kpm", "--rank", "97"), "Rank 97 is above what model.layers.3"),
+        (("--cov", KNOWLEDGE, "--layer", "lm_head"), "matches no layer"),
+    ],
+)
+def test_spectra_that_cannot_be_drawn_are_refused(
+    arguments: tuple[Any, ...], message: str, command: Callable[..., Ran], tmp_path: Path
+) -> None:
+    ran = command("plot", "spectrum", MODEL, *arguments, "-o", tmp_path / "s.png")
+    assert message in checked_refusal(ran, tmp_path / "s.png")
