@@ -7,10 +7,23 @@ import time
 from pathlib import Path
 
 import pytest
-from building import ADAPTERS, MODEL, llama_tensors, read_json, write_checkpoint, write_lora
+from building import (
+    ADAPTERS,
+    LINEARS,
+    MODEL,
+    llama_tensors,
+    lora_config,
+    lora_tensors,
+    read_json,
+    write_adapter,
+    write_checkpoint,
+    write_lora,
+)
 
-from corda_convert import merge
+from corda_convert import ToLoraOptions, engine, merge, to_lora
+from corda_convert.errors import NotFinite
 from corda_convert.operations import production
+from corda_convert.operations import to_lora as to_lora_module
 from corda_convert.output import read_ahead
 from corda_convert.output.digests import SequentialDigest, file_sha256
 from corda_convert.output.read_ahead import ReadAhead
@@ -94,3 +107,40 @@ def test_a_refusal_stops_the_reading(tmp_path: Path, monkeypatch: pytest.MonkeyP
         merge(MODEL, adapter=ADAPTERS / "lora", output=tmp_path / "out")
     assert begun
     assert not begun[0]._thread.is_alive()
+
+
+@pytest.mark.parametrize("most_bytes", [0, 5_000])
+def test_an_input_that_is_read_out_of_order_is_hashed_beside_the_engine(
+    most_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"model.layers.{place}.self_attn.q_proj" for place in range(3)]
+    shape = (2048, 2048)
+    monkeypatch.setattr(engine, "MOST_SEAM_BYTES", 100)
+    initial = write_lora(tmp_path / "initial", dict.fromkeys(names, shape))
+    trained = write_lora(tmp_path / "trained", dict.fromkeys(reversed(names), shape))
+    monkeypatch.setattr(to_lora_module, "ReadAhead", lambda files: ReadAhead(files, most_bytes=most_bytes))
+    read_again: list[Path] = []
+    monkeypatch.setattr(production, "file_sha256", lambda path: read_again.append(path) or file_sha256(path))
+
+    to_lora(trained, init=initial, output=tmp_path / "out", options=ToLoraOptions(as_is=True))
+
+    receipt = read_json(tmp_path / "out" / "corda_convert.json")
+    found = [file["sha256"] for source in receipt["inputs"] for file in source["files"]]
+    assert found == [file_sha256(folder / "adapter_model.safetensors") for folder in (trained, initial)]
+    assert not [path for path in read_again if path.suffix == ".safetensors"]
+
+
+def test_the_thread_beside_the_engine_ends_where_the_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[ReadAhead] = []
+    start = ReadAhead.__enter__
+    monkeypatch.setattr(ReadAhead, "__enter__", lambda ahead: begun.append(ahead) or start(ahead))
+    tensors = lora_tensors(LINEARS)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    initial = write_lora(tmp_path / "initial")
+    trained = write_adapter(tmp_path / "trained", tensors, lora_config(4))
+    with pytest.raises(NotFinite):
+        to_lora(trained, init=initial, output=tmp_path / "out", options=ToLoraOptions(as_is=True))
+    assert len(begun) == 2
+    assert not any(ahead._thread.is_alive() for ahead in begun)

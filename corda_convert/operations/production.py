@@ -20,6 +20,7 @@ from corda_convert.operations import process_memory
 from corda_convert.operations.certificates import certificate_warnings
 from corda_convert.operations.covariance_warnings import covariance_warnings
 from corda_convert.operations.dequantize import DequantizeTransform
+from corda_convert.operations.input_digests import hashed_beside, hashing_bytes, is_always_hashed
 from corda_convert.operations.options import Outcome, RunOptions
 from corda_convert.operations.push import destination_of, publish
 from corda_convert.operations.resuming import identify, plan_digest, take_over
@@ -166,7 +167,7 @@ def produce(production: Production, run: RunOptions, ahead: ReadAhead | None = N
     device = run.torch_device()
     _limit_threads(ranks.place)
     digests = {} if ahead is None else ahead.stop()
-    baseline = process_memory.resident_bytes() + _reading_bytes(production)
+    baseline = process_memory.resident_bytes() + _reading_bytes(production) + hashing_bytes(production.inputs)
     plan = pack(
         production.files, workers=worker_count(device), max_memory_bytes=run.max_memory_bytes, held_bytes=baseline
     )
@@ -221,9 +222,11 @@ def _fill(
 ) -> dict[str, Any]:
     begun = time.perf_counter()
     before = take_over(plan, folder)
-    done = run_shared(
-        plan, run.ranks, device, show_progress=run.progress, digests=digests, folder=folder, before=before
-    )
+    with hashed_beside(production.inputs, plan, digests, before.inputs) as (beside, left):
+        done = run_shared(
+            plan, run.ranks, device, show_progress=run.progress, digests=left, folder=folder, before=before
+        )
+        input_digests = {**beside.finish(), **done.inputs}
     for side_file in _side_files(production, plan):
         side_file.write(folder)
     tensors = _tensor_facts(plan, {**before.facts, **done.facts})
@@ -234,7 +237,7 @@ def _fill(
         *certificate_warnings(tensors),
     )
     receipt = {**receipt, "warnings": [*receipt["warnings"], *found]}
-    inputs = _inputs(production, done.inputs)
+    inputs = _inputs(production, input_digests)
     facts = {**receipt, "inputs": inputs, "tensors": tensors, "summary": summary}
     card = render_card(production.card, facts, repo_id=run.push_to, folder_name=production.output.name)
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -342,7 +345,7 @@ def _inputs(production: Production, digests: Mapping[Path, str]) -> list[dict[st
         files = []
         for file in source.files:
             digest = digests.get(file.path)
-            if digest is None and (source.digest_always or isinstance(file, PickleFile)):
+            if digest is None and is_always_hashed(source, file):
                 digest = file_sha256(file.path)
             entry: dict[str, Any] = {"name": file.path.name, "bytes": file.path.stat().st_size, "sha256": digest}
             if isinstance(file, SafetensorsFile):

@@ -93,7 +93,7 @@ def to_lora(
     """
     adapters, initials = _paths(adapter), _paths(init)
     _check_options(options, adapters, initials)
-    with _read_ahead([*adapters, *initials], run) as ahead:
+    with _read_ahead([*initials, *adapters], run) as ahead:
         base = _readable_base(options, adapters)
         if options.from_checkpoints is not None:
             before, after = (Path(path) for path in options.from_checkpoints)
@@ -107,7 +107,10 @@ def to_lora(
 
 @contextlib.contextmanager
 def _read_ahead(paths: Sequence[Path], run: RunOptions) -> Iterator[ReadAhead | None]:
-    """Hashes the adapters' weights, from before torch is imported, until the engine starts or the command is refused."""
+    """Hashes the adapters' weights, from before torch is imported, until the engine starts or the command is refused.
+
+    Best the initial ones first: the result has the order of the trained ones, so the engine can hash those as it reads.
+    """
     files = [file for path in paths if (file := path / WEIGHTS_FILE).is_file()]
     if run.dry_run or run.ranks.place.size > 1 or not files:
         yield None
