@@ -13,6 +13,7 @@ from corda_convert.errors import MalformedFile
 
 PAGE_BYTES = 4096
 """The unit in which files are cached, and written past the cache."""
+_RUN_AGAIN = "Run the same command again once the file is whole."
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +45,16 @@ class ByteFile(ABC):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor: int | None = None
+        self._stamp = _stamp(path)
 
     @property
     def descriptor(self) -> int:
         if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_RDONLY)
+            try:
+                self._descriptor = os.open(self.path, os.O_RDONLY)
+            except OSError as error:
+                raise MalformedFile(f"{self.path} cannot be opened: {error.strerror}.") from None
+            self.check_unchanged()
         return self._descriptor
 
     @abstractmethod
@@ -74,11 +80,29 @@ class ByteFile(ABC):
                 raise MalformedFile(
                     f"{self.path} ended at byte {offset + done:,} while it was read.",
                     why="Another program changed it since its header was read.",
-                    next_step="Run the same command again once the file is whole.",
+                    next_step=_RUN_AGAIN,
                 )
             done += count
+
+    def check_unchanged(self) -> None:
+        """Raises `MalformedFile` if the file is not the one, of the size and time, that it was when it was first seen."""
+        if _stamp(self.path) != self._stamp:
+            raise MalformedFile(
+                f"{self.path} was changed while it was read.",
+                why="Another program writes it, replaced it or removed it.",
+                next_step=_RUN_AGAIN,
+            )
 
     def close(self) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What tells that a file was changed; None for one that is not there."""
+    try:
+        stat = path.stat()
+    except (OSError, ValueError):
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns

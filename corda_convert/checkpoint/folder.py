@@ -126,7 +126,9 @@ def read_json(path: Path) -> dict[str, Any]:
         parsed = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputNotFound(f"No such file: {path}") from None
-    except (ValueError, RecursionError, OSError) as error:
+    except OSError as error:
+        raise MalformedFile(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
         raise MalformedFile(f"{path} is not valid JSON: {error}") from None
     if not isinstance(parsed, dict):
         raise MalformedFile(f"{path} is not a JSON object.")

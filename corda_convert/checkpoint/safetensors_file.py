@@ -41,6 +41,8 @@ def read_header(path: Path) -> Header:
     overlap, leave holes or reach outside the file.
     """
     try:
+        if not path.is_file():  # to open a pipe would wait for its writer
+            raise FileNotFoundError
         with path.open("rb") as stream:
             file_bytes = os.fstat(stream.fileno()).st_size
             length_bytes = stream.read(8)

@@ -23,7 +23,7 @@ from corda_convert.operations.dequantize import DequantizeTransform
 from corda_convert.operations.input_digests import hashed_beside, hashing_bytes, is_always_hashed
 from corda_convert.operations.options import Outcome, RunOptions
 from corda_convert.operations.push import destination_of, publish
-from corda_convert.operations.resuming import identify, plan_digest, take_over
+from corda_convert.operations.resuming import check_unchanged, identify, plan_digest, take_over
 from corda_convert.operations.rounding import rounding_warnings
 from corda_convert.operations.sharing import check_agreement, run_shared
 from corda_convert.operations.transforms import CastTransform
@@ -190,6 +190,7 @@ def produce(production: Production, run: RunOptions, ahead: ReadAhead | None = N
         ranks.leaving(),
     ):
         receipt = _fill(production, plan, folder, device, run, receipt, digests)
+        check_unchanged(production, identity["side files"])
     ranks.exchange(None)
     publication = None
     if destination is not None:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from corda_convert.checkpoint.byte_file import ByteFile
 from corda_convert.checkpoint.safetensors_file import SafetensorsFile
 from corda_convert.engine import FileRecord
+from corda_convert.errors import MalformedFile
 from corda_convert.output import journal
 from corda_convert.output.digests import WrittenDigest
 from corda_convert.output.receipt import tool
@@ -105,9 +107,24 @@ def identify(production: Production, plan: Plan, device: torch.device) -> dict[s
         "options": dict(production.options),
         "plan": plan_digest(production, plan),
         "inputs": [(role, str(path.resolve()), *_stamp(path)) for role, path in files],
-        "side files": [(file.name, *_stamp(file.source)) for file in production.side_files if file.source is not None],
+        "side files": _side_files(production),
     }
     return {name: _digest(value) for name, value in parts.items()}
+
+
+def check_unchanged(production: Production, side_files: str) -> None:
+    """Raises `MalformedFile` where an input was changed since its header was read; `side_files` is their identity."""
+    for file in [file for source in production.inputs for file in source.files]:
+        if isinstance(file, ByteFile):
+            file.check_unchanged()
+    if side_files != _digest(_side_files(production)):
+        raise MalformedFile(
+            "A file beside the weights was changed while it was copied.", next_step="Run the same command again."
+        )
+
+
+def _side_files(production: Production) -> list[tuple[str, int, int]]:
+    return [(file.name, *_stamp(file.source)) for file in production.side_files if file.source is not None]
 
 
 def plan_digest(production: Production, plan: Plan) -> str:

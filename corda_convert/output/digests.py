@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from corda_convert.errors import MalformedFile
+
 
 class SequentialDigest:
     """The SHA-256 of a file whose bytes are offered front to back.
@@ -97,6 +99,9 @@ def _append(ranges: list[tuple[int, int]], begin: int, end: int) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of a whole file, in hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    """The SHA-256 of a whole file, in hex. Raises `MalformedFile` where it cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise MalformedFile(f"{path} cannot be read: {error.strerror}.") from None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from types import TracebackType
 
-from corda_convert.errors import OutputRefused
+from corda_convert.errors import MalformedFile, OutputRefused
 from corda_convert.output.digests import WrittenDigest, file_sha256
 from corda_convert.output.direct import LEAST_BYTES, DirectWriting, whole_pages
 
@@ -41,7 +42,11 @@ class ShardWriter:
         except OSError as error:
             raise self._refusal(error) from None
         if begun is None:
-            self.write(0, memoryview(header))
+            try:
+                self.write(0, memoryview(header))
+            except BaseException:
+                self._close()
+                raise
             self.digest(0, header)
 
     def __enter__(self) -> ShardWriter:
@@ -75,12 +80,28 @@ class ShardWriter:
         done = 0
         try:
             while done < nbytes:
-                count = _copy_range(source, self._descriptor, nbytes - done, source_offset + done, offset + done)
+                count = self._copy_range(source, nbytes - done, source_offset + done, offset + done)
                 if count == 0:
-                    raise OutputRefused(f"The source of {self.path.name} became shorter while it was copied.")
+                    raise MalformedFile(
+                        f"The source of {self.path.name} became shorter while it was copied.",
+                        next_step="Run the same command again once the file is whole.",
+                    )
                 done += count
         except OSError as error:
             raise self._refusal(error) from None
+
+    def _copy_range(self, source: int, count: int, source_offset: int, offset: int) -> int:
+        """Copies up to `count` bytes. Returns how many; 0 at the source's end."""
+        with contextlib.suppress(AttributeError, OSError):  # between file systems, or on one without it: through memory
+            if copied := os.copy_file_range(source, self._descriptor, count, source_offset, offset):
+                return copied
+        try:
+            piece = os.pread(source, min(count, 8 << 20), source_offset)
+        except OSError as error:
+            raise MalformedFile(
+                f"The source of {self.path.name} cannot be read at byte {source_offset:,}: {error.strerror}."
+            ) from None
+        return os.pwrite(self._descriptor, piece, offset)
 
     def digest(self, offset: int, view: memoryview | bytes) -> None:
         """Takes bytes that were written at `offset` into the file's digest. May run on a thread of its own."""
@@ -123,10 +144,3 @@ class ShardWriter:
             f"Writing {self.path.name} failed: {error.strerror}.",
             next_step="Free disk space or choose another --output.",
         )
-
-
-def _copy_range(source: int, target: int, count: int, source_offset: int, offset: int) -> int:
-    try:
-        return os.copy_file_range(source, target, count, source_offset, offset)
-    except (AttributeError, OSError):  # another file system, or one without it: through memory
-        return os.pwrite(target, os.pread(source, min(count, 8 << 20), source_offset), offset)

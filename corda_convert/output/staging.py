@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from corda_convert.checkpoint.folder import RECEIPT_FILE
-from corda_convert.errors import CordaConvertError, OutputRefused, RunStopped
+from corda_convert.errors import CordaConvertError, MalformedFile, OutputRefused, RunStopped
 from corda_convert.output.journal import has_notes
 
 STAGING_SUFFIX = ".corda-convert-partial"
@@ -29,7 +29,10 @@ def check_output(output: Path, sources: list[Path], *, overwrite: bool) -> None:
     Raises `OutputRefused` for a non-empty folder (unless `overwrite` and this program made it), a file, a folder
     inside a source or around it, or a parent that cannot be written.
     """
-    resolved = output.resolve()
+    try:
+        resolved = output.resolve()
+    except RuntimeError:
+        raise OutputRefused(f"The output {output} is a loop of links.", next_step="Choose another with -o.") from None
     for source in sources:
         inside = source.resolve()
         if resolved == inside or inside in resolved.parents or resolved in inside.parents:
@@ -39,6 +42,11 @@ def check_output(output: Path, sources: list[Path], *, overwrite: bool) -> None:
             )
     if output.exists() and not output.is_dir():
         raise OutputRefused(f"The output {output} is a file.", next_step="Choose a folder with -o.")
+    if output.is_mount():
+        raise OutputRefused(
+            f"The output {output} is a mount point, which a finished folder cannot take the place of.",
+            next_step=f"Choose a folder in it: -o {output / 'NAME'}",
+        )
     if output.is_dir() and any(output.iterdir()):
         _check_replaceable(output, overwrite=overwrite)
     parent = _existing_parent(output)
@@ -119,10 +127,20 @@ def staging_folder(
                 with contextlib.suppress(OSError):  # not empty: somebody else uses it by now
                     parent.rmdir()
             if isinstance(error, OSError):
-                raise OutputRefused(
-                    f"Writing {output} failed: {error}.", next_step="Free disk space, or choose another output with -o."
-                ) from error
+                raise _refusal(error, output, work) from error
             raise
+
+
+def _refusal(error: OSError, output: Path, work: Path) -> CordaConvertError:
+    """What the file system refused, in words: a file elsewhere can only have been read."""
+    if isinstance(error.filename, str) and error.filename2 is None and work not in Path(error.filename).parents:
+        return MalformedFile(
+            f"{error.filename} cannot be read: {error.strerror}.",
+            next_step="Run the same command again once the file is whole.",
+        )
+    return OutputRefused(
+        f"Writing {output} failed: {error}.", next_step="Free disk space, or choose another output with -o."
+    )
 
 
 def _can_go_on(error: BaseException) -> bool:
@@ -199,7 +217,12 @@ def _replace(staging: Path, output: Path) -> None:
     if output.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         output.rename(replaced)
-    staging.rename(output)
+    try:
+        staging.rename(output)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(output)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
 
 
