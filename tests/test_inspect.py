@@ -139,7 +139,7 @@ def test_dora_tokens_biases_and_experts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("init", ["corda", "pissa", "pissa_niter_4", "olora", "lora_ga"])
 def test_an_init_that_leaves_a_residual_is_told(tmp_path: Path, init: str) -> None:
     found = facts(write_lora(tmp_path / "a", init_lora_weights=init))
-    assert (found["init"], found["trained_beside_residual"]) == (init, f"init_lora_weights is {init!r}")
+    assert (found["init"], found["trained_beside_residual"]) == (init, f"its config says init_lora_weights={init!r}")
     assert found["next"][-1] == f"corda-convert to-lora {tmp_path / 'a'} --init INIT -o OUT"
 
 

@@ -19,7 +19,7 @@ from corda_convert.adapters.miss import BlockFactors
 from corda_convert.adapters.replacements import SAVED_EMBEDDINGS
 from corda_convert.adapters.source import AdapterSource
 from corda_convert.adapters.tokens import TokenRows
-from corda_convert.operations.evidence import initial_adapter_of, is_converted, local_folder
+from corda_convert.operations.evidence import residual_reason
 
 _DEFAULT_RANK = 8
 """PEFT's, where a config has no `r`."""
@@ -102,7 +102,7 @@ def facts_of(adapter: Adapter) -> AdapterFacts:
         is_folder=not source.is_file,
         mode=", ".join(sorted({each.mode for each in blocks})),
         init=_init(source),
-        residual=residual_evidence(adapter),
+        residual=residual_reason(adapter) or "",
         rank=rank if isinstance(rank, int) else _DEFAULT_RANK if is_lora and not source.is_file else 0,
         alpha=float(alpha) if isinstance(alpha, (int, float)) else None,
         use_rslora=bool(source.config.get("use_rslora")),
@@ -123,22 +123,6 @@ def facts_of(adapter: Adapter) -> AdapterFacts:
 def is_embedding_or_head(factors: LoraFactors) -> bool:
     """Whether the factors are for an embedding, or by its name for a language model's head."""
     return factors.is_embedding or factors.module_name.rpartition(".")[2] in SAVED_EMBEDDINGS
-
-
-def residual_evidence(adapter: Adapter) -> str:
-    """What tells that an adapter was trained beside a residual, as `merge` asks; nothing where nothing does."""
-    source = adapter.source
-    if adapter.kind != "lora":
-        return ""
-    if adapter.initialization == "residual":
-        return f"init_lora_weights is {source.config.get('init_lora_weights')!r}" if not source.is_file else ""
-    named = local_folder(source.base_name)
-    if named is not None and initial_adapter_of(named) is not None:
-        return f"its base_model_name_or_path {source.base_name} is a residual"
-    loras = lora_factors(adapter.modules)
-    if source.config.get("corda_config") and loras and not is_converted(loras):
-        return "it has a corda_config, and its factors are not a converted LoRA's"
-    return ""
 
 
 def _init(source: AdapterSource) -> str:

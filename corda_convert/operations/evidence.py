@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 from corda_convert.adapters.dora import lora_factors
 from corda_convert.adapters.experts import ParameterFactors
 from corda_convert.adapters.factors import Adapter
-from corda_convert.adapters.lora import LoraFactors
 from corda_convert.adapters.source import CONFIG_FILE
 from corda_convert.checkpoint.folder import INITIAL_ADAPTER_FOLDER, Checkpoint
 from corda_convert.checkpoint.tensors import TensorRef, read_tensor
 from corda_convert.errors import AdapterMismatch, UnsupportedInput
 from corda_convert.operations.shares import SAMPLED_MODULES, Matrices, difference_cosines, repeated_shares, sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 REPEATED_SHARE = 0.15
 """A median cosine above this between `s·B·A` and the weight's own part in B's column space tells a residual adapter. On
@@ -200,9 +203,7 @@ def check_plain(adapter: Adapter, weights: Matrices, model: Checkpoint, *, is_ad
     initial = initial_adapter_of(model.root)
     if initial is not None:
         return _check_on_residual(adapter, model, initial)
-    if not loras:
-        return None
-    shares = repeated_shares(adapter, weights) if is_added else []
+    shares = repeated_shares(adapter, weights) if is_added and loras else []
     if shares and median(shares) > REPEATED_SHARE:
         raise _needs_initial(adapter, model, f"its B·A repeats {median(shares):.0%} of {model.name}'s own weight there")
     if (reason := residual_reason(adapter)) is not None:
@@ -211,16 +212,18 @@ def check_plain(adapter: Adapter, weights: Matrices, model: Checkpoint, *, is_ad
 
 
 def residual_reason(adapter: Adapter) -> str | None:
-    """What, but for the numbers of a model, tells that a LoRA adapter was trained beside a residual, in words."""
-    loras = lora_factors(adapter.modules)
-    if not loras:
+    """What, but for the numbers of a model, tells that a LoRA adapter was trained beside a residual, in words.
+
+    Files of RWKV-PEFT have no config to tell it.
+    """
+    if adapter.source.is_file or not _adapted(adapter):
         return None
     named = local_folder(adapter.source.base_name)
     if named is not None and initial_adapter_of(named) is not None:
         return f"its base_model_name_or_path {adapter.source.base_name} is a residual"
     if adapter.initialization == "residual":
         return f"its config says init_lora_weights={adapter.source.config.get('init_lora_weights')!r}"
-    if adapter.source.config.get("corda_config") and not is_converted(loras):
+    if adapter.source.config.get("corda_config") and not is_converted(adapter):
         return "its config has a corda_config, and its factors are not a converted LoRA's"
     return None
 
@@ -267,17 +270,33 @@ def local_folder(name: str) -> Path | None:
         return None
 
 
-def is_converted(modules: Sequence[LoraFactors]) -> bool:
+def is_converted(adapter: Adapter) -> bool:
     """Whether the factors look like `[A; A₀]`, `[B | −B₀]`, PEFT's converted LoRA: two halves that are much alike."""
-    votes = []
-    for factors in sample(modules):
-        A, B = read_tensor(factors.lora_A).double(), read_tensor(factors.lora_B).double()
-        half, odd = divmod(factors.rank, 2)
-        if odd:
-            return False
-        cosines = [
-            float((x * y).sum() / (x.norm() * y.norm()).clamp(min=1e-300))
-            for x, y in ((A[:half], A[half:]), (B[:, :half], -B[:, half:]))
-        ]
-        votes.append(all(cosine > 0.3 for cosine in cosines))
+    stacks = [change for change in adapter.modules if isinstance(change, ParameterFactors)]
+    factors = [(each.lora_A, each.lora_B) for each in sample(lora_factors(adapter.modules))]
+    factors += [_first_expert(each) for each in stacks[:SAMPLED_MODULES]]
+    votes = [_has_alike_halves(read_tensor(A).double(), read_tensor(B).double()) for A, B in factors]
     return sum(votes) * 2 > len(votes)
+
+
+def _first_expert(factors: ParameterFactors) -> tuple[TensorRef, TensorRef]:
+    """lora_A and lora_B of the first matrix of a stack, whose rank the config gives for one of its names at least."""
+    rank = factors.scalings.rank_of(f"{factors.module}.{factors.candidates[0]}")
+    experts = max(factors.lora_A.shape[0] // rank, 1)
+    d_out, width = factors.lora_B.shape
+    if experts * rank != width:
+        return factors.lora_A, factors.lora_B
+    own = factors.columns.of(factors.lora_B, experts).rows(0, 1).reshaped((d_out, rank))
+    return factors.lora_A.rows(0, rank), own
+
+
+def _has_alike_halves(right: Tensor, left: Tensor) -> bool:
+    """Of a lora_A (r, d_in) and a lora_B (d_out, r)."""
+    half, odd = divmod(right.shape[0], 2)
+    if odd:
+        return False
+    cosines = [
+        float((x * y).sum() / (x.norm() * y.norm()).clamp(min=1e-300))
+        for x, y in ((right[:half], right[half:]), (left[:, :half], -left[:, half:]))
+    ]
+    return all(cosine > 0.3 for cosine in cosines)

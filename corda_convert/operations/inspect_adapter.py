@@ -221,6 +221,6 @@ def adapter_commands(adapter: Adapter, facts: AdapterFacts, path: Path) -> list[
     if facts.mode:
         rank = " --rank RANK" if facts.mode == "bat" else ""
         return [merging, f"corda-convert to-lora {own} --base BASE{rank} -o OUT"]
-    if facts.kind != "lora" or facts.dora or facts.experts or facts.unusual:
+    if facts.kind != "lora" or facts.dora:
         return [merging]
     return [merging, f"corda-convert to-lora {own} --rank RANK -o OUT"]

@@ -10,6 +10,7 @@ from typing import Any
 
 from corda_convert.adapters import read_adapter
 from corda_convert.adapters.bias import LoraBias
+from corda_convert.adapters.experts import ParameterFactors
 from corda_convert.adapters.factors import Adapter, ParameterChange
 from corda_convert.adapters.initial import with_initial
 from corda_convert.adapters.lora import LoraFactors
@@ -37,6 +38,7 @@ from corda_convert.operations.lora_description import (
     warnings_of,
 )
 from corda_convert.operations.lora_modules import Carried, LoraModule, LoraSource, Summand
+from corda_convert.operations.lora_parameters import check_alike, parameter_module, place_of, rewrapped
 from corda_convert.operations.residual import Residual, read_residual
 from corda_convert.operations.several import scaled
 from corda_convert.operations.shares import repeated_shares
@@ -70,7 +72,7 @@ class Given:
 
 @dataclass(slots=True)
 class _Gathered:
-    """Modules and carried tensors of all adapters, by their names in the result."""
+    """Modules of all adapters by what tells them apart, and carried tensors by their names in the result."""
 
     modules: dict[str, LoraModule] = field(default_factory=dict)
     carried: dict[str, Carried] = field(default_factory=dict)
@@ -91,8 +93,9 @@ def from_adapters(given: Given) -> LoraSource:
     for place, part in enumerate(parts):
         _gather(gathered, part, fitted[place] if fitted else None, given, residual, is_alone=len(parts) == 1)
     raise_problems(gathered.problems)
-    modules, carried = tuple(gathered.modules.values()), tuple(gathered.carried.values())
     trained = [part.trained for part in parts]
+    check_alike(trained, gathered.modules.values())
+    modules, carried = rewrapped(gathered.modules, names), tuple(gathered.carried.values())
     return LoraSource(
         modules=modules,
         carried=carried,
@@ -156,7 +159,7 @@ def _check_kind(adapter: Adapter, *, has_initial: bool = False) -> None:
             next_step="Leave out --init.",
         )
     others = [change for change in adapter.modules if not isinstance(change, _CONVERTIBLE)]
-    if not others and any(isinstance(change, LoraFactors | BlockFactors) for change in adapter.modules):
+    if not others and any(isinstance(change, _FACTORS) for change in adapter.modules):
         return
     named = some(change.module_name for change in others)
     if adapter.source.config.get("use_dora"):
@@ -176,7 +179,8 @@ def _check_kind(adapter: Adapter, *, has_initial: bool = False) -> None:
     )
 
 
-_CONVERTIBLE = (LoraFactors, BlockFactors, LoraBias, TokenRows)
+_FACTORS = (LoraFactors, ParameterFactors, BlockFactors)
+_CONVERTIBLE = (*_FACTORS, LoraBias, TokenRows)
 
 
 def _fitted(parts: Sequence[Part], given: Given) -> tuple[list[list[Fitted]], NameMap | None]:
@@ -248,16 +252,22 @@ def _gather(
     is_alone: bool,
 ) -> None:
     """Adds one adapter to what is there."""
-    adapter = part.trained if part.initial is None else with_initial(part.trained, part.initial)
-    by_name = {each.change.module_name: each for each in fitted or ()}
+    adapter = part.trained
+    if part.initial is not None:
+        adapter = with_initial(part.trained, part.initial, takes_parameters=True)
+    by_name = {_name(each.change): each for each in fitted or ()}
     for module in _modules(adapter, part, by_name, given, residual, gathered):
         own = module if is_alone else _unscaled(module)
-        before = gathered.modules.get(own.key)
+        place = place_of(own)
+        before = gathered.modules.get(place)
         if before is None:
-            gathered.modules[own.key] = own
-        elif (before.shape, before.kernel, before.is_embedding) != (own.shape, own.kernel, own.is_embedding):
+            gathered.modules[place] = own
+        elif _form(before) != _form(own):
             gathered.problems.append(
-                AdapterMismatch(f"{own.key} is {before.shape} in one adapter, {own.shape} in {part.name}.")
+                AdapterMismatch(
+                    f"{place} is {_form(before)[0]} in one adapter, {_form(own)[0]} in {part.name}.",
+                    why="The adapters are for different models.",
+                )
             )
         elif own.dense is not None or before.dense is not None:
             gathered.problems.append(
@@ -267,7 +277,7 @@ def _gather(
                 )
             )
         else:
-            gathered.modules[own.key] = replace(before, summands=(*before.summands, *own.summands))
+            gathered.modules[place] = replace(before, summands=(*before.summands, *own.summands))
     for carried in _carried(adapter, part, gathered, is_alone=is_alone):
         before_it = gathered.carried.setdefault(carried.name, carried)
         if before_it is not carried and not same_values(before_it.ref, carried.ref):
@@ -277,6 +287,12 @@ def _gather(
                     why="A tensor that replaces the model's cannot be added to another.",
                 )
             )
+
+
+def _form(module: LoraModule) -> tuple[object, ...]:
+    """What modules that are added up have in common; the matrix's shape first, of a stack with the number of experts."""
+    shape = (module.experts, *module.shape) if module.is_parameter else module.shape
+    return shape, module.kernel, module.is_embedding
 
 
 def _unscaled(module: LoraModule) -> LoraModule:
@@ -306,6 +322,14 @@ def _modules(
                 dense = BatChange(change.block, *weights[change.module_name])
             shape = fitted[change.module_name].target.shape
             yield block_module(change, (shape[0], shape[1]), dense, part.scale)
+        elif isinstance(change, ParameterFactors):
+            if residual is not None:
+                gathered.problems.append(_no_difference(change))
+                continue
+            try:
+                yield parameter_module(change, fitted.get(_name(change)), part.scale)
+            except CordaConvertError as problem:
+                gathered.problems.append(problem)
         elif isinstance(change, LoraFactors) and _key(change) not in seen:
             key = _key(change)
             seen.add(key)
@@ -329,6 +353,18 @@ def _modules(
                 is_embedding=change.is_embedding,
                 kernel=change.kernel,
             )
+
+
+def _name(change: ParameterChange) -> str:
+    """What tells a change of an adapter from its others: of a parameter, its wrapper's path."""
+    return change.key if isinstance(change, ParameterFactors) else change.module_name
+
+
+def _no_difference(change: ParameterFactors) -> CordaConvertError:
+    return UnsupportedInput(
+        f"{change.module_name}: initial factors of a parameter are not taken from the difference of two models.",
+        next_step="Give the initial adapter of the training with --init, or merge into the residual.",
+    )
 
 
 def _key(change: LoraFactors) -> str:

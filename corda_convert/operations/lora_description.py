@@ -38,8 +38,10 @@ def config_of(trained: Sequence[Adapter], modules: Sequence[LoraModule], names: 
     saved = sorted({name for config in configs for name in config.get("modules_to_save") or ()})
     biases = {str(config.get("bias", "none")) for config in configs} - {"none"}
     tokens = [value for config in configs if (value := config.get("trainable_token_indices"))]
+    parameters = sorted({name for config in configs for name in config.get("target_parameters") or ()})
     return first | {
         "target_modules": _targets(configs, modules, names),
+        "target_parameters": parameters or None,
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -58,8 +60,8 @@ def _targets(
         targets = configs[0]["target_modules"]
         if not any(selections[0][1:]):
             return targets if isinstance(targets, str) else list(targets)
-    paths = sorted({module.pattern_name for module in modules})
-    if names is not None and names.structure is not None:
+    paths = sorted({module.pattern_name for module in modules if not module.is_parameter})
+    if paths and names is not None and names.structure is not None:
         return target_modules(names.structure, paths)
     return paths
 

@@ -32,12 +32,14 @@ class JoinTransform:
         dim: 0 for lora_A, 1 for lora_B.
         output: of any shape; its first two dimensions, or its first and the rest, are the matrix's.
         action: for the receipt.
+        rows: of the output seen as a matrix, where that is not its first dimension.
     """
 
     parts: tuple[Part, ...]
     dim: int
     output: TensorSpec
     action: str = "concatenated"
+    rows: int | None = None
 
     row_quantum = 1
     streamed: Mapping[str, TensorRef] = field(default_factory=dict)
@@ -63,7 +65,7 @@ class _JoinSession:
 
     def step(self, first_row: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         (output,) = outputs.values()
-        matrix = output.view(output.shape[0], -1)
+        matrix = output.view(self.transform.rows or output.shape[0], -1)
         begin = 0
         for index, part in enumerate(self.transform.parts):
             tensor = inputs[str(index)]

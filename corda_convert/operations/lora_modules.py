@@ -21,15 +21,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Summand:
-    """`factor · B·A`: `lora_A` (r, d_in), `lora_B` (d_out, r)."""
+    """`factor · B·A`: `lora_A` (r, d_in), `lora_B` (d_out, r).
+
+    Of a stack of E experts, as PEFT lays them out: `lora_A` (E·r, d_in), expert after expert, and `lora_B` (d_out, r·E), column
+    e of each of the r groups for expert e.
+    """
 
     lora_A: TensorRef
     lora_B: TensorRef
     factor: float
+    experts: int = 1
 
     @property
     def rank(self) -> int:
-        return self.lora_A.shape[0]
+        """That of each expert."""
+        return self.lora_A.shape[0] // self.experts
 
 
 class DenseChange(Protocol):
@@ -61,6 +67,9 @@ class LoraModule:
         dense_rank: of the factors that are taken out of `dense`.
         is_embedding: whether the factors are named as an Embedding's.
         kernel: a convolution's.
+        is_parameter: whether they are for a parameter (`target_parameters`), mostly a stack of experts.
+        is_named: whether `pattern_name` is known to be that parameter's path; without the model it may be another's of the
+            same module.
     """
 
     key: str
@@ -71,15 +80,22 @@ class LoraModule:
     dense_rank: int = 0
     is_embedding: bool = False
     kernel: tuple[int, ...] = ()
+    is_parameter: bool = False
+    is_named: bool = True
+
+    @property
+    def experts(self) -> int:
+        """How many matrices the parameter has; 1 for one that is no stack."""
+        return self.summands[0].experts if self.summands else 1
 
     @property
     def rank(self) -> int:
-        """The rank of the exact result."""
+        """The rank of the exact result, for each expert."""
         return sum(summand.rank for summand in self.summands) + self.dense_rank
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(d_out, d_in); of a convolution's matrix."""
+        """(d_out, d_in); of a convolution's matrix, of one expert."""
         if self.summands:
             return self.summands[0].lora_B.shape[0], self.summands[0].lora_A.shape[1]
         assert self.dense is not None  # noqa: S101 - a module has one or the other
@@ -96,7 +112,7 @@ class LoraModule:
         """Those of lora_A and lora_B as PEFT stores them."""
         d_out, d_in = self.shape
         if not self.kernel:
-            return (rank, d_in), (d_out, rank)
+            return (self.experts * rank, d_in), (d_out, rank * self.experts)
         return (rank, d_in // prod(self.kernel), *self.kernel), (d_out, rank, *(1 for _ in self.kernel))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -65,14 +66,15 @@ class ReduceTransform:
     def workspace_bytes(self, rows: int) -> int:
         """The stacked factors, their bases, LAPACK's copies, the result and its error; and the dense solver's matrices."""
         d_out, d_in = self.module.shape
-        stacked = self.module.rank + self.rank
-        elements = 8 * stacked * (d_out + d_in) + 6 * stacked**2
+        side_by_side = self.module.rank + self.rank
+        elements = 8 * side_by_side * (d_out + d_in) + 6 * side_by_side**2
         if self.covariance is not None:
-            elements += (2 * d_in + 4 * stacked) * d_in
+            elements += (2 * d_in + 4 * side_by_side) * d_in
         if self.module.dense is not None:
             from corda_convert.linalg.subspace import workspace_elements
 
-            elements += d_out * d_in + workspace_elements((d_out, d_in), self.module.dense_rank, "top", "auto")
+            rank = self.module.dense_rank or self.rank
+            elements += d_out * d_in + workspace_elements((d_out, d_in), rank, "top", "auto")
         return 8 * elements
 
     def begin(self, device: torch.device) -> Session:
@@ -95,7 +97,10 @@ class _ReduceSession:
         for name, ref in self.transform.whole.items():
             check_finite(ref, inputs[name])
         with Team(self.device) as team, _in_float64(self.transform.module):
-            self._reduce(team, inputs, outputs)
+            if self.transform.module.is_parameter:
+                self._reduce_experts(team, inputs, outputs)
+            else:
+                self._reduce(team, inputs, outputs)
         self.result["seconds"] = time.perf_counter() - begun
 
     def _reduce(self, team: Team, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
@@ -141,6 +146,46 @@ class _ReduceSession:
             )
         norm = float(torch.linalg.matrix_norm(core.core))
         self.result = self._facts(norm, error, *weighted) | facts
+
+    def _reduce_experts(self, team: Team, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        """Each expert on its own. The facts have the norms of all together, and how far the worst of them is off."""
+        import torch
+
+        from corda_convert.linalg import low_rank
+
+        module, rank = self.transform.module, self.transform.rank
+        for spec in (self.transform.lora_A, self.transform.lora_B):
+            outputs[spec.name].zero_()
+        norms: list[float] = []
+        errors: list[float] = []
+        for expert in range(module.experts):
+            right, left = stacked(module, inputs, self.device, expert)
+            core = low_rank.core_of(team, left, right)
+            best = low_rank.reduced(core, rank) if rank < module.rank else None
+            found = (right, left) if best is None else (best.lora_A, best.lora_B)
+            stored = self._write_expert(*found, outputs, expert)
+            rest = torch.cat([left, -stored[1]], dim=1), torch.cat([right, stored[0]])
+            errors.append(low_rank.product_norm(team, *rest))
+            norms.append(float(torch.linalg.matrix_norm(core.core)))
+        self.result = self._facts(math.hypot(*norms), math.hypot(*errors), None, None)
+        shares = [error / norm for error, norm in zip(errors, norms, strict=True) if norm]
+        self.result |= {"experts": module.experts, "largest_relative_error": max(shares, default=0.0)}
+
+    def _write_expert(
+        self, right: Tensor, left: Tensor, outputs: Mapping[str, Tensor], expert: int
+    ) -> tuple[Tensor, Tensor]:
+        """Puts one expert's factors where PEFT has them. Returns them in float64 as they were rounded."""
+        import torch
+
+        transform, experts = self.transform, self.transform.module.experts
+        rank = right.shape[0]
+        rows = outputs[transform.lora_A.name].view(experts, -1, right.shape[1])[expert, :rank]
+        columns = outputs[transform.lora_B.name].view(left.shape[0], -1, experts)[:, :rank, expert]
+        for spec, place, factor in ((transform.lora_A, rows, right), (transform.lora_B, columns, left)):
+            place.copy_(factor)
+            if not bool(torch.isfinite(place).all()):
+                raise out_of_range(spec)
+        return rows.to(self.device).double(), columns.to(self.device).double()
 
     def _write(self, right: Tensor, left: Tensor, outputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Puts lora_A and lora_B into the outputs. Returns them in float64 as they were rounded."""
@@ -189,14 +234,19 @@ def _solver(found: Extracted) -> dict[str, Any]:
     return {"solver": found.solver, "certificate": found.certificate}
 
 
-def stacked(module: LoraModule, inputs: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+def stacked(
+    module: LoraModule, inputs: Mapping[str, Tensor], device: torch.device, expert: int = 0
+) -> tuple[Tensor, Tensor]:
     """All summands side by side in float64: A (n, d_in), and B (d_out, n) with the factors and the scaling in it."""
     import torch
 
     rights, lefts = [], []
     for place, summand in enumerate(module.summands):
-        rights.append(inputs[f"lora_A {place}"].to(device).double())
-        lefts.append(inputs[f"lora_B {place}"].to(device).double() * (summand.factor * module.scaling))
+        rows = slice(expert * summand.rank, (expert + 1) * summand.rank)
+        columns = slice(expert, None, summand.experts)
+        rights.append(inputs[f"lora_A {place}"][rows].to(device).double())
+        left = inputs[f"lora_B {place}"][:, columns].to(device).double()
+        lefts.append(left * (summand.factor * module.scaling))
     return torch.cat(rights), torch.cat(lefts, dim=1)
 
 
@@ -231,7 +281,7 @@ def energy_rank_of(
 ) -> int:
     """The smallest rank that keeps `energy` of the square of what is minimized, `most` at most, 1 at least.
 
-    Reads the module's tensors. Raises one of our errors for NaN and Inf.
+    Of a stack every expert keeps it. Reads the module's tensors. Raises one of our errors for NaN and Inf.
     """
     from corda_convert.linalg import low_rank
     from corda_convert.linalg.threads import Team
@@ -247,6 +297,12 @@ def energy_rank_of(
         if module.dense is not None and not module.summands:
             matrix = module.dense.matrix(team, inputs, device)
             return max(low_rank.energy_rank(team, matrix, energy, weight, most), 1)
+        if module.is_parameter:
+            cores = (
+                low_rank.core_of(team, *reversed(stacked(module, inputs, device, e))) for e in range(module.experts)
+            )
+            found = [low_rank.rank_for_energy(core.spectrum(), energy) or 0 for core in cores]
+            return max(min(max(found), most), 1)
         right, left = stacked(module, inputs, device)
         if module.dense is not None:
             import torch

@@ -11,7 +11,7 @@ from corda_convert.adapters.replacements import SAVED_EMBEDDINGS
 from corda_convert.adapters.source import PEFT_PREFIX
 from corda_convert.errors import UnsupportedInput
 from corda_convert.operations.adapter_facts import AdapterFacts
-from corda_convert.operations.lora_modules import LoraSource
+from corda_convert.operations.lora_modules import LoraModule, LoraSource
 from corda_convert.operations.server_rules import Server
 from corda_convert.operations.servers import check, fixes, flags
 
@@ -101,12 +101,18 @@ def facts_of_result(source: LoraSource, ranks: Mapping[str, int], config: Mappin
         scalings={module.key: scaling.scaling_of(module.pattern_name) for module in source.modules},
         target_modules=config.get("target_modules"),
         embeddings=tuple(module.key for module in source.modules if module.is_embedding or _is_head(module.key)),
-        unusual=tuple(module.key for module in source.modules if module.kernel or module.pattern_name != module.key),
+        experts=tuple(module.pattern_name for module in source.modules if module.is_parameter),
+        unusual=tuple(module.key for module in source.modules if _is_unusual(module)),
         lora_biases=tuple(name.removesuffix(".lora_B.bias") for name in lora_biases),
         tokens=tuple(name.partition(".token_adapter")[0] for name in tokens),
         biases=tuple(biases),
         saved=tuple(name for name in names if name not in told),
     )
+
+
+def _is_unusual(module: LoraModule) -> bool:
+    """Whether it is a convolution, or a part of a MultiheadAttention."""
+    return bool(module.kernel) or (module.pattern_name != module.key and not module.is_parameter)
 
 
 def _is_head(key: str) -> bool:
@@ -115,4 +121,4 @@ def _is_head(key: str) -> bool:
 
 def listed_targets(source: LoraSource) -> Sequence[str]:
     """The modules' whole paths."""
-    return sorted({module.pattern_name for module in source.modules})
+    return sorted({module.pattern_name for module in source.modules if not module.is_parameter})

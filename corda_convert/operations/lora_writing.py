@@ -51,13 +51,20 @@ def _joined(
     """The factors as they are, side by side."""
     scaling = module.scaling if is_baked else 1.0
     stored = output_dtype(_exact_dtype(module, scaling), dtype)
-    rights = tuple(Part(summand.lora_A, 1.0) for summand in module.summands)
+    experts = module.experts
+    rights = tuple(Part(_by_expert(summand.lora_A, experts), 1.0) for summand in module.summands)
     lefts = tuple(Part(summand.lora_B, summand.factor * scaling) for summand in module.summands)
     specs = [TensorSpec(name, stored, shape) for name, shape in zip(names, shapes, strict=True)]
-    return [
-        Produced(spec, JoinTransform(parts, dim, spec))
-        for dim, (parts, spec) in enumerate(zip((rights, lefts), specs, strict=True))
-    ]
+    if experts > 1:  # each expert's rows of every lora_A come together
+        first, second = JoinTransform(rights, 1, specs[0], rows=experts), JoinTransform(lefts, 1, specs[1])
+    else:
+        first, second = JoinTransform(rights, 0, specs[0]), JoinTransform(lefts, 1, specs[1])
+    return [Produced(specs[0], first), Produced(specs[1], second)]
+
+
+def _by_expert(factor: TensorRef, experts: int) -> TensorRef:
+    """A lora_A with the rows of each expert as one row."""
+    return factor if experts == 1 else factor.reshaped((experts, factor.spec.elements // experts))
 
 
 def operand_dtypes(module: LoraModule) -> set[str]:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from corda_convert.adapters.lora import read_scaling
 from corda_convert.adapters.source import CONFIG_FILE, WEIGHTS_FILE
@@ -34,9 +34,6 @@ from corda_convert.output.model_card import Card
 from corda_convert.output.read_ahead import ReadAhead
 from corda_convert.output.side_files import json_file, override
 from corda_convert.plan.model import OutputFileSpec
-
-if TYPE_CHECKING:
-    pass
 
 Paths = Path | str | Sequence[Path | str]
 """One path or several."""
@@ -231,6 +228,12 @@ def _result(
         config = baked_config(source.config, patterned, base)
     else:
         config = doubled_config(source.config, read_scaling(dict(source.config)), base)
+    unnamed = [module.key for module in source.modules if not module.is_named]
+    if is_baked and config["rank_pattern"] and unnamed:
+        raise UnsupportedInput(
+            f"The result has ranks by patterns, and only the model tells which parameter {some(unnamed)} is for.",
+            next_step="Give the base model's folder with --base, or --uniform.",
+        )
     if wishes.list_targets and isinstance(config.get("target_modules"), str):
         config |= {"target_modules": listed_targets(source)}
     return _Result(ranks, config, is_baked)
@@ -296,6 +299,11 @@ def _covariances(source: LoraSource, matrices: Covariances | None) -> Mapping[st
     """The covariance of each module's inputs, by the module's key. Raises every problem together."""
     if matrices is None:
         return {}
+    if parameters := [module.pattern_name for module in source.modules if module.is_parameter]:
+        raise UnsupportedInput(
+            f"--weight-by is for layers, and {some(parameters)} are stacks of experts or other parameters.",
+            next_step="Leave it out: then the error of the weights counts.",
+        )
     matrices = matrices if source.names is None else at_run_time(matrices, source.names)
     found = {module.key: matrices.find(module.pattern_name) for module in source.modules}
     missing = [key for key, ref in found.items() if ref is None]
