@@ -1,7 +1,8 @@
 """A small Hugging Face Hub on loopback, for tests that publish with the real client over HTTP.
 
 It keeps repositories in memory and speaks the part of the Hub's API that publishing and downloading need: accounts,
-repositories and branches, the upload modes, Git LFS with the `basic` transfer, atomic commits, trees and `resolve`.
+repositories, branches and pull requests, the upload modes, Git LFS with the `basic` and `multipart` transfers, atomic
+commits, trees and `resolve`. It can be told to fail, to break off, to be slow, and to let somebody else be faster.
 Nothing here imports huggingface_hub: what the client sends is checked, not shared.
 
     with running_hub() as hub:
@@ -15,6 +16,7 @@ import base64
 import binascii
 import fnmatch
 import hashlib
+import io
 import json
 import os
 import re
@@ -96,6 +98,7 @@ class Commit:
     parent: str | None
     title: str
     files: Mapping[str, StoredFile]
+    description: str = ""
 
 
 @dataclass(slots=True)
@@ -110,16 +113,25 @@ class Repository:
     branches: dict[str, str] = field(default_factory=dict)
     lfs_objects: dict[str, bytes] = field(default_factory=dict)
     unverified: dict[str, bytes] = field(default_factory=dict)
+    parts: dict[str, dict[int, bytes]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.add_commit(MAIN, "initial commit", {".gitattributes": StoredFile(GITATTRIBUTES)})
 
-    def add_commit(self, branch: str, title: str, files: Mapping[str, StoredFile]) -> Commit:
-        """Makes `files` the whole content of `branch`, in one step."""
-        parent = self.branches.get(branch)
+    def add_commit(
+        self,
+        branch: str,
+        title: str,
+        files: Mapping[str, StoredFile],
+        *,
+        onto: str | None = None,
+        description: str = "",
+    ) -> Commit:
+        """Makes `files` the whole content of `branch`, in one step. A new branch begins after the commit `onto`."""
+        parent = onto or self.branches.get(branch)
         listing = [self.repo_id, parent, title, len(self.commits), *((p, f.blob_id) for p, f in sorted(files.items()))]
         oid = hashlib.sha1(json.dumps(listing).encode()).hexdigest()
-        self.commits[oid] = Commit(oid, parent, title, dict(files))
+        self.commits[oid] = Commit(oid, parent, title, dict(files), description)
         self.branches[branch] = oid
         return self.commits[oid]
 
@@ -163,6 +175,29 @@ class Failure:
     times: int
     method: str | None
     message: str
+
+    def applies(self, method: str, path: str) -> bool:
+        return self.times > 0 and self.path_substring in path and self.method in (None, method)
+
+
+@dataclass(slots=True)
+class Interference:
+    """What happens to the next `times` requests with `path_substring` in their path, beside their answer.
+
+    Attributes:
+        first: is called before the request is answered.
+        delay: seconds before it is answered.
+        uploaded: after so many bytes of the request's body the connection is closed; it is not answered.
+        is_lost: the request is answered, but the connection is closed before the answer.
+    """
+
+    path_substring: str
+    method: str | None
+    times: int
+    first: Callable[[], object] | None
+    delay: float
+    uploaded: int | None
+    is_lost: bool
 
     def applies(self, method: str, path: str) -> bool:
         return self.times > 0 and self.path_substring in path and self.method in (None, method)
@@ -254,6 +289,8 @@ class Hub:
         self.requests: list[RequestRecord] = []
         self._failures: list[Failure] = []
         self._corruptions: dict[str, Change] = {}
+        self._interferences: list[Interference] = []
+        self.part_bytes: int | None = None  # larger files go up in parts of this size
         self._tickets: dict[str, tuple[Repository, str]] = {}
         self._lock = threading.RLock()
 
@@ -278,6 +315,29 @@ class Hub:
     ) -> None:
         """Answers the next `times` matching requests with `status`, whatever they ask."""
         self._failures.append(Failure(path_substring, status, times, method, message))
+
+    def interfere_next(
+        self,
+        path_substring: str,
+        *,
+        method: str | None = None,
+        times: int = 1,
+        first: Callable[[], object] | None = None,
+        delay: float = 0.0,
+        uploaded: int | None = None,
+        is_lost: bool = False,
+    ) -> None:
+        """Disturbs the next `times` matching requests, as `Interference` says."""
+        self._interferences.append(Interference(path_substring, method, times, first, delay, uploaded, is_lost))
+
+    def interference(self, method: str, path: str) -> Interference | None:
+        """What happens to this request."""
+        with self._lock:
+            for found in self._interferences:
+                if found.applies(method, path):
+                    found.times -= 1
+                    return found
+        return None
 
     def corrupt_next(self, path: str, change: Change) -> None:
         """Stores `change(content)` instead of what the next commit says for `path`."""
@@ -344,6 +404,13 @@ class Hub:
         if not self.account(request).may_write(repo_id):
             raise HubError(403, "You don't have the rights to write to this repository")
         return repository
+
+    def contributable(self, request: Request, repo_id: str) -> Repository:
+        """The repository if the sender may open a pull request there: whoever may read it and write anywhere."""
+        account = self.account(request)
+        if account.role != "write":
+            raise HubError(403, "Your token may only read")
+        return self.readable(request, repo_id)
 
     def new_ticket(self, repository: Repository, oid: str) -> str:
         """What stands for the signature of an upload address: it alone authorises one PUT, without a token."""
@@ -494,7 +561,11 @@ def _tree_entry(path: str, stored: StoredFile) -> dict[str, Any]:
 @route("GET", "/api/models/{repo}/refs")
 def references(hub: Hub, request: Request, found: Mapping[str, str]) -> Response:
     branches = hub.readable(request, found["repo"]).branches
-    listed = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": oid} for n, oid in branches.items()]
+    listed = [
+        {"name": n, "ref": f"refs/heads/{n}", "targetCommit": oid}
+        for n, oid in branches.items()
+        if not n.startswith("refs/")
+    ]
     return Response.of_json({"branches": listed, "converts": [], "tags": []})
 
 
@@ -510,7 +581,8 @@ def create_branch(hub: Hub, request: Request, found: Mapping[str, str]) -> Respo
 
 @route("POST", "/api/models/{repo}/preupload/{revision}")
 def preupload(hub: Hub, request: Request, found: Mapping[str, str]) -> Response:
-    repository = hub.writable(request, found["repo"])
+    asks_for_pr = request.query.get("create_pr") == "1"
+    repository = (hub.contributable if asks_for_pr else hub.writable)(request, found["repo"])
     existing = repository.resolve(found["revision"]).files
     described = []
     for asked in request.json()["files"]:
@@ -524,7 +596,9 @@ def preupload(hub: Hub, request: Request, found: Mapping[str, str]) -> Response:
 
 @route("POST", "/{repo}.git/info/lfs/objects/batch")
 def lfs_batch(hub: Hub, request: Request, found: Mapping[str, str]) -> Response:
-    repository, asked = hub.writable(request, found["repo"]), request.json()
+    repository, asked = hub.contributable(request, found["repo"]), request.json()
+    if "ref" in asked and not hub.account(request).may_write(found["repo"]):
+        raise HubError(403, "You don't have the rights to write to this branch")
     if asked["operation"] != "upload" or "basic" not in asked["transfers"] or asked["hash_algo"] != "sha256":
         raise HubError(400, "Only basic uploads by sha256 exist here")
     described = []
@@ -534,6 +608,8 @@ def lfs_batch(hub: Hub, request: Request, found: Mapping[str, str]) -> Response:
             upload = f"{hub.endpoint}/lfs-storage/{wanted['oid']}?Signature={hub.new_ticket(repository, wanted['oid'])}"
             verify = f"{hub.endpoint}/{repository.repo_id}.git/info/lfs/objects/verify"
             answer["actions"] = {"upload": {"href": upload}, "verify": {"href": verify}}
+            if hub.part_bytes is not None and wanted["size"] > hub.part_bytes and "multipart" in asked["transfers"]:
+                answer["actions"]["upload"] = _in_parts(hub, repository, wanted)
         described.append(answer)
     return Response.of_json({"transfer": "basic", "objects": described})
 
@@ -547,9 +623,37 @@ def lfs_upload(hub: Hub, request: Request, found: Mapping[str, str]) -> Response
     return Response(headers={"ETag": f'"{hashlib.md5(request.body).hexdigest()}"'})
 
 
+def _in_parts(hub: Hub, repository: Repository, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The upload action of a file that goes up in parts: an address for each, and one that puts them together."""
+    assert hub.part_bytes is not None
+    oid, signature = wanted["oid"], f"Signature={hub.new_ticket(repository, wanted['oid'])}"
+    parts = range(1, -(-wanted["size"] // hub.part_bytes) + 1)
+    addresses = {str(part): f"{hub.endpoint}/lfs-part/{oid}?{signature}&part={part}" for part in parts}
+    header = {"chunk_size": str(hub.part_bytes), **addresses}
+    return {"href": f"{hub.endpoint}/lfs-parts/{oid}?{signature}", "header": header}
+
+
+@route("PUT", "/lfs-part/{oid}")
+def lfs_upload_part(hub: Hub, request: Request, found: Mapping[str, str]) -> Response:
+    repository = hub.ticketed(request.query.get("Signature", ""), found["oid"])
+    repository.parts.setdefault(found["oid"], {})[int(request.query["part"])] = request.body
+    return Response(headers={"ETag": f'"{hashlib.md5(request.body).hexdigest()}"'})
+
+
+@route("POST", "/lfs-parts/{oid}")
+def lfs_join_parts(hub: Hub, request: Request, found: Mapping[str, str]) -> Response:
+    repository = hub.ticketed(request.query.get("Signature", ""), found["oid"])
+    parts = repository.parts.pop(found["oid"], {})
+    etags = {each["partNumber"]: each["etag"].strip('"') for each in request.json()["parts"]}
+    if etags != {part: hashlib.md5(content).hexdigest() for part, content in parts.items()}:
+        raise HubError(400, "The parts are not those that were uploaded")
+    repository.unverified[found["oid"]] = b"".join(parts[part] for part in sorted(parts))
+    return Response.of_json({"success": True})
+
+
 @route("POST", "/{repo}.git/info/lfs/objects/verify")
 def lfs_verify(hub: Hub, request: Request, found: Mapping[str, str]) -> Response:
-    repository, claimed = hub.writable(request, found["repo"]), request.json()
+    repository, claimed = hub.contributable(request, found["repo"]), request.json()
     content = repository.unverified.pop(claimed["oid"], None)
     if content is None:
         raise HubError(404, f"Object {claimed['oid']} was not uploaded")
@@ -561,21 +665,34 @@ def lfs_verify(hub: Hub, request: Request, found: Mapping[str, str]) -> Response
 
 @route("POST", "/api/models/{repo}/commit/{revision}")
 def commit(hub: Hub, request: Request, found: Mapping[str, str]) -> Response:
-    repository, branch = hub.writable(request, found["repo"]), found["revision"]
+    asks_for_pr = request.query.get("create_pr") == "1"
+    repository = (hub.contributable if asks_for_pr else hub.writable)(request, found["repo"])
+    branch = found["revision"]
     if branch not in repository.branches:
         raise HubError(404, f"Invalid rev id: {branch}", code="RevisionNotFound")
     header, *operations = [json.loads(line) for line in request.body.splitlines()]
     if header["key"] != "header" or not header["value"]["summary"]:
         raise HubError(400, "The first line is not a header with a summary")
     head = repository.resolve(branch)
-    if header["value"].get("parentCommit", head.oid) != head.oid:
+    parent = header["value"].get("parentCommit", head.oid)
+    if asks_for_pr:
+        head = repository.resolve(parent)
+    elif parent != head.oid:
         raise HubError(412, "A commit has happened since. Please refresh and try again.")
     files = dict(head.files)
     for operation in operations:
         _apply(hub, repository, files, operation["key"], operation["value"])
-    made = repository.add_commit(branch, header["value"]["summary"], files)
-    url = f"{hub.endpoint}/{repository.repo_id}/commit/{made.oid}"
-    return Response.of_json({"success": True, "commitOid": made.oid, "commitUrl": url, "hookOutput": ""})
+    number = 1 + sum(name.startswith("refs/pr/") for name in repository.branches)
+    made = repository.add_commit(
+        f"refs/pr/{number}" if asks_for_pr else branch,
+        header["value"]["summary"],
+        files,
+        onto=head.oid,
+        description=header["value"].get("description", ""),
+    )
+    page = f"{hub.endpoint}/{repository.repo_id}"
+    answer = {"success": True, "commitOid": made.oid, "commitUrl": f"{page}/commit/{made.oid}", "hookOutput": ""}
+    return Response.of_json(answer | ({"pullRequestUrl": f"{page}/discussions/{number}"} if asks_for_pr else {}))
 
 
 def _apply(hub: Hub, repository: Repository, files: dict[str, StoredFile], key: str, value: dict[str, Any]) -> None:
@@ -682,7 +799,22 @@ class _HubHandler(BaseHTTPRequestHandler):
     server: _Server
 
     def do_GET(self) -> None:
+        found = self.server.hub.interference(self.command, urlsplit(self.path).path)
+        if found is None:
+            return self._serve()
+        threading.Event().wait(found.delay)  # not `time.sleep`, which a test may have made short
+        if found.uploaded is not None:
+            self.rfile.read(found.uploaded)
+            self.close_connection = True
+            return None
+        if found.first is not None:
+            found.first()
+        if not found.is_lost:
+            return self._serve()
+        stream, self.wfile = self.wfile, io.BytesIO()
         self._serve()
+        self.wfile, self.close_connection = stream, True
+        return None
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 

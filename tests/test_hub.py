@@ -11,7 +11,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from hub_server import Account, Hub, client_settings, running_hub
+from hub_server import Account, Hub, StoredFile, client_settings, running_hub
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -345,6 +345,231 @@ def test_folders_that_cannot_be_published(hub: Hub, api: HfApi, tmp_path: Path) 
 def test_mistakes_of_this_program_are_not_translated() -> None:
     with pytest.raises(KeyError), translated_errors("Publishing failed."):
         raise KeyError("a bug")
+
+
+def test_a_branch_is_made_and_main_stays_as_it_was(hub: Hub, api: HfApi, folder: Path) -> None:
+    hub.add_repository(REPO)
+    published = push(folder, api, revision="v2/äöü")
+    repository = hub.repositories[REPO]
+    assert repository.files("v2/äöü") == shown_files(folder)
+    assert repository.files("main") == {}
+    assert published.url == f"{hub.endpoint}/{REPO}/tree/v2/äöü"
+    assert published.commit == repository.branches["v2/äöü"]
+    assert not push(folder, api, revision="v2/äöü").is_new
+
+
+def test_a_branch_that_would_begin_with_other_weights_is_not_made(hub: Hub, api: HfApi, folder: Path) -> None:
+    hub.add_repository(REPO).add_commit("main", "old", {"model.safetensors": StoredFile(b"old", lfs=True)})
+    with pytest.raises(PublishFailed, match=r"branch v2\) has weights .* model\.safetensors"):
+        push(folder, api, revision="v2")
+    assert list(hub.repositories[REPO].branches) == ["main"]
+
+
+@pytest.mark.parametrize("target", ["main", "v2"])
+def test_a_pull_request_is_opened_and_checked(hub: Hub, api: HfApi, folder: Path, target: str) -> None:
+    published = push(folder, api, create_pr=True, revision=None if target == "main" else target)
+    repository = hub.repositories[REPO]
+    assert published.pull_request == f"{hub.endpoint}/{REPO}/discussions/1"
+    assert repository.branches["refs/pr/1"] == published.commit
+    assert repository.files("refs/pr/1") == shown_files(folder)
+    assert repository.files(target) == {}
+    assert repository.commits[published.commit].parent == repository.branches[target]
+
+
+def test_a_damaged_pull_request_is_noticed(hub: Hub, api: HfApi, folder: Path) -> None:
+    hub.corrupt_next("config.json", lambda content: content.upper())
+    with pytest.raises(PublishFailed, match=r"config\.json has another content"):
+        push(folder, api, create_pr=True)
+
+
+def test_a_pull_request_in_somebody_elses_repository(hub: Hub, api: HfApi, folder: Path) -> None:
+    repository = hub.add_repository("bob/public")
+    check_access(Destination("bob/public", create_pr=True), api=api)
+    assert push(folder, api, repo_id="bob/public", create_pr=True).pull_request
+    assert repository.files() == {}
+    assert repository.files("refs/pr/1") == shown_files(folder)
+
+
+def test_large_files_go_up_in_parts(hub: Hub, api: HfApi, folder: Path) -> None:
+    hub.part_bytes = 1024 * 1024
+    push(folder, api)
+    assert hub.repositories[REPO].files() == shown_files(folder)
+    assert len(hub.requests_to("/lfs-part/", "PUT")) == 6
+    assert len(hub.requests_to("/lfs-storage/", "PUT")) == 1
+
+
+def test_weights_go_up_before_anything_else_and_are_read_once(
+    hub: Hub, api: HfApi, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+    monkeypatch.setattr("huggingface_hub.lfs.sha_fileobj", lambda file: hashed.append(file.name))
+    (folder / "tokenizer.bin").write_bytes(b"stored with LFS, and no weights")
+    push(folder, api)
+    uploads = [request.path for request in hub.requests_to("/lfs-storage/", "PUT")]
+    last = hashlib.sha256(b"stored with LFS, and no weights").hexdigest()
+    assert len(uploads) == 4
+    assert uploads[-1].endswith(last)
+    assert hashed == []
+
+
+@pytest.mark.parametrize("part_bytes", [None, 1024 * 1024])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"uploaded": 1000},
+        {"is_lost": True},
+        {"delay": 0.6},
+    ],
+    ids=["connection dropped", "answer lost", "slow"],
+)
+def test_a_disturbed_upload_is_tried_again(
+    hub: Hub, api: HfApi, folder: Path, monkeypatch: pytest.MonkeyPatch, fault: dict[str, object], part_bytes
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)
+    monkeypatch.setattr("corda_convert.hub.client.ANSWER_SECONDS", 0.4)
+    hub.part_bytes = part_bytes
+    hub.interfere_next("/lfs-", method="PUT", **fault)
+    push(folder, api)
+    assert hub.repositories[REPO].files() == shown_files(folder)
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_busy_hub_is_asked_again(hub: Hub, api: HfApi, folder: Path, monkeypatch, status: int) -> None:
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)
+    for path in ("/preupload/", "/objects/batch", "/lfs-storage/", "/objects/verify"):
+        hub.fail_next(path, status=status, times=2)
+    push(folder, api)
+    assert hub.repositories[REPO].files() == shown_files(folder)
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "advice"),
+    [
+        ("/preupload/", 429, "asked too often"),
+        ("/objects/batch", 500, "try again later"),
+        ("/lfs-storage/", 403, "may write"),
+        ("/lfs-storage/", 503, "try again later"),
+        ("/commit/", 401, "hf auth login"),
+        ("/commit/", 403, "may write"),
+        ("/commit/", 404, "Check the name"),
+        ("/commit/", 429, "asked too often"),
+        ("/commit/", 500, "try again later"),
+        ("/api/whoami", 429, "asked too often"),
+        ("/api/whoami", 500, "try again later"),
+    ],
+)
+def test_what_the_hub_keeps_refusing_is_one_message_and_nothing_is_visible(
+    hub: Hub, api: HfApi, folder: Path, monkeypatch, path: str, status: int, advice: str
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)
+    hub.add_repository(REPO)
+    hub.fail_next(path, status=status, times=100, message="because")
+    with pytest.raises(PublishFailed, match=advice) as caught:
+        check_access(Destination(REPO), api=api)
+        push(folder, api)
+    assert str(caught.value.why)
+    assert "Signature" not in str(caught.value)
+    assert "whoami" in path or "push it again with: corda-convert push" in str(caught.value.next_step)
+    assert hub.repositories[REPO].files() == {}
+
+
+def test_a_connection_that_keeps_breaking_is_one_message(hub: Hub, api: HfApi, folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)
+    hub.interfere_next("/lfs-storage/", uploaded=1000, times=100)
+    with pytest.raises(PublishFailed, match="Check the connection") as caught:
+        push(folder, api)
+    assert "push it again with" in str(caught.value.next_step)
+    assert hub.repositories[REPO].files() == {}
+
+
+def test_a_hub_that_never_answers_is_given_up(hub: Hub, api: HfApi, folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr("corda_convert.hub.client.ANSWER_SECONDS", 0.3)
+    hub.interfere_next("/commit/", delay=1.0, is_lost=True)
+    with pytest.raises(PublishFailed, match="Check the connection"):
+        push(folder, api)
+    assert huggingface_hub.get_session().timeout.read is None, "the client's own setting is back"
+
+
+def test_an_upload_that_stopped_halfway_is_gone_on_with(hub: Hub, api: HfApi, folder: Path) -> None:
+    second = hashlib.sha256(WEIGHTS[::-1]).hexdigest()
+    hub.fail_next(second, status=403)
+    with pytest.raises(PublishFailed):
+        push(folder, api)
+    repository = hub.repositories[REPO]
+    assert repository.files() == {}
+    stored = set(repository.lfs_objects)
+    assert hashlib.sha256(WEIGHTS).hexdigest() in stored
+    hub.requests.clear()
+    push(folder, api)
+    assert repository.files() == shown_files(folder)
+    again = {request.path.rpartition("/")[2] for request in hub.requests_to("/lfs-storage/", "PUT")}
+    assert second in again
+    assert again.isdisjoint(stored)
+
+
+def test_a_commit_whose_answer_was_lost_is_found_again(hub: Hub, api: HfApi, folder: Path) -> None:
+    hub.interfere_next("/commit/", is_lost=True)
+    published = push(folder, api)
+    (made,) = hub.repositories[REPO].history()
+    assert published.commit == made.oid
+    assert published.is_new
+
+
+def test_a_lost_answer_about_a_pull_request_is_told(hub: Hub, api: HfApi, folder: Path) -> None:
+    hub.interfere_next("/commit/", is_lost=True)
+    with pytest.raises(PublishFailed, match="pull request"):
+        push(folder, api, create_pr=True)
+    assert len(hub.requests_to("/commit/")) == 1, "a second one would be opened"
+
+
+def other_commit(hub: Hub, **files: bytes):
+    """Somebody else's commit, on top of what is there."""
+
+    def commit() -> None:
+        repository = hub.repositories[REPO]
+        tree = repository.resolve("main").files
+        repository.add_commit("main", "meanwhile", {**tree, **{name: StoredFile(c) for name, c in files.items()}})
+
+    return commit
+
+
+def test_a_commit_follows_one_of_somebody_else_to_other_files(hub: Hub, api: HfApi, folder: Path) -> None:
+    hub.interfere_next("/commit/", first=other_commit(hub, LICENSE=b"theirs"))
+    published = push(folder, api)
+    repository = hub.repositories[REPO]
+    assert repository.files() == {**shown_files(folder), "LICENSE": b"theirs"}
+    assert [commit.title for commit in repository.history()] == ["meanwhile", "Publish the merged model"]
+    assert published.commit == repository.branches["main"]
+
+
+def test_a_commit_of_somebody_else_to_the_same_file_stops_the_push(hub: Hub, api: HfApi, folder: Path) -> None:
+    hub.add_repository(REPO)
+    hub.interfere_next("/commit/", first=other_commit(hub, **{"README.md": b"theirs"}))
+    with pytest.raises(PublishFailed, match=r"Somebody else changed README\.md"):
+        push(folder, api)
+    assert hub.repositories[REPO].files() == {"README.md": b"theirs"}
+
+
+def test_weights_of_somebody_else_stop_the_push(hub: Hub, api: HfApi, folder: Path) -> None:
+    hub.interfere_next("/commit/", first=other_commit(hub, **{"pytorch_model.bin": b"theirs"}))
+    with pytest.raises(PublishFailed, match=r"has weights .* pytorch_model\.bin"):
+        push(folder, api)
+    assert hub.repositories[REPO].files() == {"pytorch_model.bin": b"theirs"}
+
+
+@pytest.mark.parametrize(
+    ("moment", "said"), [("/objects/batch", "another sha256"), ("/objects/verify", "changed while it was uploaded")]
+)
+def test_a_file_that_changes_while_it_is_uploaded_is_noticed(
+    hub: Hub, api: HfApi, folder: Path, moment: str, said: str
+) -> None:
+    path, *others = [*sorted(folder.rglob("model*.safetensors")), folder / "corda_init/adapter_model.safetensors"]
+    for other in others:
+        other.unlink()
+    hub.interfere_next(moment, first=lambda: path.write_bytes(WEIGHTS[::-1]))
+    with pytest.raises(PublishFailed, match=said):
+        push(folder, api)
+    assert hub.repositories[REPO].files() == {}
 
 
 def test_branches_and_ranges(hub: Hub, api: HfApi, folder: Path) -> None:

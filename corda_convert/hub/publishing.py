@@ -123,6 +123,16 @@ def push_folder(
         return upload.commit(found, description=description, source=str(folder), retry=retry)
 
 
+def _raise_unless_answered(status: int | None, destination: Destination, page: str) -> None:
+    """Raises `PublishFailed` where it is not known whether a pull request was opened."""
+    if status is None or status >= 500:
+        raise PublishFailed(
+            f"The Hub did not confirm the commit of a pull request in {destination}.",
+            why="The pull request may have been opened, or not.",
+            next_step=f"Look for it at {redacted(page)} before you push again.",
+        )
+
+
 def push_again(folder: Path, destination: Destination) -> str:
     """What to do after a push that failed."""
     command = f"corda-convert push {shlex.quote(str(folder))} {destination.repo_id}{destination.options}"
@@ -248,8 +258,10 @@ class Upload:
                 if not is_foreseen(error):
                     raise
                 status = status_of(error)
-                is_refused = status is not None and status < 500 and status not in (409, 412)
-                if is_refused or self.destination.create_pr:
+                if status is not None and status < 500 and status not in (409, 412):
+                    raise
+                if self.destination.create_pr:
+                    _raise_unless_answered(status, self.destination, self._url())
                     raise
                 if (head := self._head_with(files)) is not None:  # it was made, and only the answer was lost
                     return head, None, head
