@@ -7,6 +7,7 @@ import click
 from corda_convert.cli.decompose import decompose
 from corda_convert.cli.inspect import inspect
 from corda_convert.cli.merge import merge
+from corda_convert.cli.perplexity import perplexity
 from corda_convert.cli.plot import plot
 from corda_convert.cli.push import push
 from corda_convert.cli.to_lora import to_lora
@@ -23,5 +24,5 @@ def cli() -> None:
     """
 
 
-for _command in (decompose, merge, to_lora, inspect, push, plot):
+for _command in (decompose, merge, to_lora, inspect, push, perplexity, plot):
     cli.add_command(_command)
