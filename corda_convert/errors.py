@@ -68,6 +68,10 @@ class RunStopped(CordaConvertError):
     """The run stopped for a reason that is not in its inputs: the same command may go on with what is finished."""
 
 
+class DownloadFailed(RunStopped):
+    """The Hub refused to give something, did not answer, or sent something else."""
+
+
 class PlanRefused(CordaConvertError):
     """Several problems of one plan, reported together."""
 

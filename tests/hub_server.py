@@ -23,6 +23,7 @@ import re
 import secrets
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -142,6 +143,14 @@ class Repository:
             raise HubError(404, f"Invalid rev id: {revision}", code="RevisionNotFound")
         return commit
 
+    def add_folder(self, folder: Path, *, prefix: str = "", branch: str = MAIN) -> Commit:
+        """A commit with the files of a local folder in addition."""
+        files = dict(self.commits[self.branches[branch]].files) if branch in self.branches else {}
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name, content = prefix + path.relative_to(folder).as_posix(), path.read_bytes()
+            files[name] = StoredFile(content, lfs=self.uses_lfs(name, len(content)))
+        return self.add_commit(branch, f"Add {folder.name}", files)
+
     def files(self, revision: str = MAIN) -> dict[str, bytes]:
         """Path to content of everything visible at `revision`, `.gitattributes` aside."""
         tree = self.resolve(revision).files
@@ -178,6 +187,15 @@ class Failure:
 
     def applies(self, method: str, path: str) -> bool:
         return self.times > 0 and self.path_substring in path and self.method in (None, method)
+
+
+@dataclass(slots=True)
+class Cut:
+    """The next `times` answers to GET with `path_substring` in their path break off after `after` bytes."""
+
+    path_substring: str
+    after: int
+    times: int
 
 
 @dataclass(slots=True)
@@ -287,7 +305,9 @@ class Hub:
         self.token = self.add_account(account)
         self.repositories: dict[str, Repository] = {}
         self.requests: list[RequestRecord] = []
+        self.sent: Counter[str] = Counter()
         self._failures: list[Failure] = []
+        self._cuts: list[Cut] = []
         self._corruptions: dict[str, Change] = {}
         self._interferences: list[Interference] = []
         self.part_bytes: int | None = None  # larger files go up in parts of this size
@@ -315,6 +335,22 @@ class Hub:
     ) -> None:
         """Answers the next `times` matching requests with `status`, whatever they ask."""
         self._failures.append(Failure(path_substring, status, times, method, message))
+
+    def cut_next(self, path_substring: str, after: int, *, times: int = 1) -> None:
+        """Closes the connection after `after` bytes of the body of the next `times` matching answers to GET."""
+        self._cuts.append(Cut(path_substring, after, times))
+
+    def cut(self, request: Request) -> int | None:
+        """After how many bytes this answer breaks off, if it does."""
+        for cut in self._cuts:
+            if cut.times > 0 and request.method == "GET" and cut.path_substring in request.path:
+                cut.times -= 1
+                return cut.after
+        return None
+
+    def sent_of(self, path_substring: str) -> int:
+        """The bytes of bodies that were sent for matching paths."""
+        return sum(nbytes for path, nbytes in self.sent.items() if path_substring in path)
 
     def interfere_next(
         self,
@@ -390,13 +426,22 @@ class Hub:
         return self.accounts[token]
 
     def readable(self, request: Request, repo_id: str) -> Repository:
-        """The repository if the sender may see it; 404 as for a missing one otherwise."""
-        account = self.account(request)
+        """The repository if the sender may see it; 404 as for a missing one otherwise, 401 for who has no token."""
+        account = self.account(request) if "authorization" in request.headers else None
         repository = self.repositories.get(repo_id)
-        if repository is None or (repository.private and not account.owns(repo_id)):
+        if repository is None or (repository.private and (account is None or not account.owns(repo_id))):
+            if account is None:
+                raise HubError(401, "Invalid username or password.")
             raise HubError(404, "Repository not found", code="RepoNotFound")
-        if repository.gated and not account.owns(repo_id):
-            raise HubError(403, f"Access to model {repo_id} is restricted", code="GatedRepo")
+        return repository
+
+    def downloadable(self, request: Request, repo_id: str) -> Repository:
+        """The repository if the sender may see its files, too: of a gated one everybody sees the list of files alone."""
+        repository = self.readable(request, repo_id)
+        account = self.account(request) if "authorization" in request.headers else None
+        if repository.gated and (account is None or not account.owns(repo_id)):
+            status = 401 if account is None else 403
+            raise HubError(status, f"Access to model {repo_id} is restricted", code="GatedRepo")
         return repository
 
     def writable(self, request: Request, repo_id: str) -> Repository:
@@ -732,7 +777,7 @@ def _inline_content(repository: Repository, value: dict[str, Any]) -> bytes:
 @route("HEAD", "/{repo}/resolve/{revision}/{path}")
 @route("GET", "/{repo}/resolve/{revision}/{path}")
 def resolve(hub: Hub, request: Request, found: Mapping[str, str]) -> Response:
-    commit = hub.readable(request, found["repo"]).resolve(found["revision"])
+    commit = hub.downloadable(request, found["repo"]).resolve(found["revision"])
     stored = commit.files.get(found["path"])
     if stored is None:
         raise HubError(404, "Entry not found", code="EntryNotFound")
@@ -829,14 +874,20 @@ class _HubHandler(BaseHTTPRequestHandler):
         address = urlsplit(self.path)
         query = {name: values[-1] for name, values in parse_qs(address.query, keep_blank_values=True).items()}
         headers = {name.lower(): value for name, value in self.headers.items()}
-        response = self.server.hub.answer(Request(self.command, address.path, query, headers, self._read_body()))
+        request = Request(self.command, address.path, query, headers, self._read_body())
+        response = self.server.hub.answer(request)
         self.send_response(response.status)
         for name, value in response.headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(response.body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(response.body)
+            cut = self.server.hub.cut(request)
+            body = response.body[:cut]
+            self.wfile.write(body)
+            self.server.hub.sent[address.path] += len(body)
+            if cut is not None and cut < len(response.body):
+                self.close_connection = True
 
     def _read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":

@@ -109,7 +109,6 @@ except SystemExit as end:
         (["--version"], 0),
         *((([name, "--help"]), 0) for name in COMMANDS),
         (["merge", "gone", "--adapter", "gone", "-o", "out"], 1),
-        (["merge", ".", "--adapter", "owner/name", "-o", "out"], 1),
         (["decompose", "gone", "--mode", "kpm", "--rank", "2", "-o", "out"], 1),
         (["to-lora", "gone", "--init", "gone", "-o", "out"], 1),
         (["merge", "--rubbish"], 2),

@@ -617,16 +617,6 @@ def test_an_adapter_without_tensors_is_refused(refusal: Refusal, model: Path, tm
     )
 
 
-def test_a_path_that_looks_like_a_hub_id_is_refused_with_the_command_that_downloads_it(
-    refusal: Refusal, model: Path
-) -> None:
-    assert refusal("merge", model, "--adapter", "alice/adapter") == (
-        "No such adapter: alice/adapter\n"
-        "It is no local folder. If it is a model on the Hub: this version reads local folders.\n"
-        "Download it first:  hf download alice/adapter --local-dir adapter"
-    )
-
-
 @pytest.mark.parametrize("what", ["model", "adapter", "initial adapter"])
 def test_a_path_that_is_not_there_is_refused(
     refusal: Refusal, model: Path, lora: Path, tmp_path: Path, what: str

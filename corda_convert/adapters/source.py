@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from corda_convert.checkpoint.folder import missing_path, read_json
+from corda_convert.checkpoint.folder import missing_path, model_name, read_json
 from corda_convert.checkpoint.pickle_file import PickleFile
+from corda_convert.checkpoint.remote_file import is_there
 from corda_convert.checkpoint.safetensors_file import SafetensorsFile
 from corda_convert.checkpoint.tensors import TensorFile, TensorRef
 from corda_convert.errors import AdapterMismatch, InputNotFound, MalformedFile
@@ -37,7 +38,7 @@ class AdapterSource:
 
     @property
     def name(self) -> str:
-        return self.folder.resolve().name
+        return model_name(self.folder)
 
     @property
     def is_file(self) -> bool:
@@ -80,7 +81,7 @@ def open_adapter(folder: Path) -> AdapterSource:
 
 
 def _open_weights(folder: Path) -> TensorFile:
-    if (folder / WEIGHTS_FILE).is_file():
+    if is_there(folder / WEIGHTS_FILE):
         return SafetensorsFile(folder / WEIGHTS_FILE)
     if (folder / PICKLED_WEIGHTS_FILE).is_file():
         return PickleFile(folder / PICKLED_WEIGHTS_FILE)

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from corda_convert.checkpoint.remote_file import absent, announced
 from corda_convert.checkpoint.tensors import TensorFile
 from corda_convert.errors import MalformedFile
 
 PAGE_BYTES = 4096
 """The unit in which files are cached, and written past the cache."""
+
 _RUN_AGAIN = "Run the same command again once the file is whole."
 
 
@@ -40,7 +42,7 @@ class ExtentFile(TensorFile, Protocol):
 
 
 class ByteFile(ABC):
-    """A file of tensors that is opened on first use and read with `pread`."""
+    """A file of tensors that is opened on first use and read with `pread`. One that is still on the Hub is fetched first."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -50,10 +52,12 @@ class ByteFile(ABC):
     @property
     def descriptor(self) -> int:
         if self._descriptor is None:
+            remote = absent(self.path)
+            opened = self.path if remote is None else remote.fetch()
             try:
-                self._descriptor = os.open(self.path, os.O_RDONLY)
+                self._descriptor = os.open(opened, os.O_RDONLY)
             except OSError as error:
-                raise MalformedFile(f"{self.path} cannot be opened: {error.strerror}.") from None
+                raise MalformedFile(f"{opened} cannot be opened: {error.strerror}.") from None
             self.check_unchanged()
         return self._descriptor
 
@@ -64,10 +68,16 @@ class ByteFile(ABC):
     @property
     def file_bytes(self) -> int:
         """The size of the whole file."""
-        return os.fstat(self.descriptor).st_size
+        remote = absent(self.path) if self._descriptor is None else None
+        return os.fstat(self.descriptor).st_size if remote is None else remote.nbytes
 
     def read_bytes_into(self, offset: int, view: memoryview) -> None:
         """Fills `view` with the file's bytes from the absolute `offset` on."""
+        if self._descriptor is None:
+            remote = absent(self.path)
+            if remote is not None and not (remote.is_awaited and offset + len(view) > len(remote.head)):
+                remote.read_into(offset, view)
+                return
         done = 0
         while done < len(view):
             try:
@@ -85,8 +95,11 @@ class ByteFile(ABC):
             done += count
 
     def check_unchanged(self) -> None:
-        """Raises `MalformedFile` if the file is not the one, of the size and time, that it was when it was first seen."""
-        if _stamp(self.path) != self._stamp:
+        """Raises `MalformedFile` if the file is not the one, of the size and time, that it was when it was first seen.
+
+        Files of the Hub have their digest instead.
+        """
+        if announced(self.path) is None and _stamp(self.path) != self._stamp:
             raise MalformedFile(
                 f"{self.path} was changed while it was read.",
                 why="Another program writes it, replaced it or removed it.",

@@ -14,6 +14,7 @@ from pathlib import Path
 from corda_convert.checkpoint.folder import missing_path, read_checkpoint
 from corda_convert.checkpoint.names import NameMap
 from corda_convert.checkpoint.pickle_file import PickleFile
+from corda_convert.checkpoint.remote_file import is_there
 from corda_convert.checkpoint.safetensors_file import SafetensorsFile
 from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorFile, TensorRef
 from corda_convert.errors import CovarianceMismatch, MalformedFile, UnsupportedInput, some
@@ -105,7 +106,7 @@ def at_run_time(covariances: Covariances, names: NameMap) -> Covariances:
 def _open(path: Path) -> tuple[TensorFile, ...]:
     if path.is_dir():
         return read_checkpoint(path).shards
-    if not path.is_file():
+    if not is_there(path):
         raise missing_path(path, "covariance file")
     if path.suffix == ".safetensors":
         return (SafetensorsFile(path),)

@@ -8,7 +8,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from corda_convert.checkpoint.byte_file import ExtentFile
+from corda_convert.checkpoint.hub_id import parse_hub_id, snapshot_of
 from corda_convert.checkpoint.pickle_file import PickleFile
+from corda_convert.checkpoint.remote_file import is_there
 from corda_convert.checkpoint.safetensors_file import SafetensorsFile
 from corda_convert.checkpoint.structure import read_structure
 from corda_convert.checkpoint.tensors import TensorRef, TensorSpec
@@ -74,7 +76,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises `InputNotFound`, `MalformedFile` (truncated shard, missing shard, a shard outside the folder, an index that
     contradicts its shards) or `UnsupportedInput`; several problems come together as `PlanRefused`.
     """
-    if path.is_file():
+    if is_there(path):
         if path.suffix not in (".safetensors", *PICKLED_SUFFIXES):
             raise UnsupportedInput(
                 f"{path} is no file of weights: {', '.join(('.safetensors', *PICKLED_SUFFIXES))} are.",
@@ -85,7 +87,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise missing_path(path, "model")
     config = read_json(path / "config.json") if (path / "config.json").is_file() else None
     for single_name, index_name in ((SINGLE_FILE, INDEX_FILE), (PICKLED_SINGLE_FILE, PICKLED_INDEX_FILE)):
-        if (path / single_name).is_file():
+        if is_there(path / single_name):
             return _collect(path, model_name(path), (_open(path / single_name),), None, config)
         if (path / index_name).is_file():
             index = read_json(path / index_name)
@@ -101,21 +103,18 @@ def _open(path: Path) -> ExtentFile:
 
 def model_name(folder: Path) -> str:
     """The folder's name; for a snapshot in the Hub's cache (`models--owner--name/snapshots/…`) `owner/name`."""
-    resolved = folder.resolve()
-    cache = resolved.parent.parent.name
-    if resolved.parent.name == "snapshots" and cache.startswith("models--"):
-        return cache.removeprefix("models--").replace("--", "/", 1)
-    return resolved.name
+    snapshot = snapshot_of(folder) or snapshot_of(folder.resolve())
+    return folder.resolve().name if snapshot is None else snapshot.name
 
 
 def missing_path(path: Path, what: str) -> InputNotFound:
     """The error for a path that is not there, telling apart a mistyped path and a Hub id."""
     text = str(path)
-    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
+    if parse_hub_id(text) is not None:
         return InputNotFound(
             f"No such {what}: {text}",
-            why="It is no local folder. If it is a model on the Hub: this version reads local folders.",
-            next_step=f"Download it first:  hf download {text} --local-dir {path.name}",
+            why="There is no such path here, and what stands on the Hub is not taken in this place.",
+            next_step=f"Check the path, or download it first:  hf download {'/'.join(path.parts[:2])} --local-dir {path.name}",
         )
     return InputNotFound(f"No such {what}: {text}", next_step="Check the path.")
 

@@ -7,6 +7,7 @@ Format: https://huggingface.co/docs/safetensors (8 bytes of little-endian header
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from corda_convert.checkpoint.byte_file import ByteFile, Extent
+from corda_convert.checkpoint.remote_file import absent
 from corda_convert.checkpoint.tensors import DTYPE_BITS, TensorSpec
 from corda_convert.errors import InputNotFound, MalformedFile
 
@@ -40,11 +42,12 @@ def read_header(path: Path) -> Header:
     Raises `InputNotFound`, or `MalformedFile` for a truncated file, a header that is not valid, and tensors that
     overlap, leave holes or reach outside the file.
     """
+    remote = absent(path)
     try:
-        if not path.is_file():  # to open a pipe would wait for its writer
+        if remote is None and not path.is_file():  # to open a pipe would wait for its writer
             raise FileNotFoundError
-        with path.open("rb") as stream:
-            file_bytes = os.fstat(stream.fileno()).st_size
+        with path.open("rb") if remote is None else io.BytesIO(remote.head) as stream:
+            file_bytes = os.fstat(stream.fileno()).st_size if remote is None else remote.nbytes
             length_bytes = stream.read(8)
             length = int.from_bytes(length_bytes, "little")
             if len(length_bytes) < 8 or length > file_bytes - 8:

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 
 def check_paths(options: dict[str, Any], *paths: tuple[str, Path | None]) -> Path:
-    """Refuses paths that are not there, before torch is imported. Returns the output."""
+    """Refuses paths that are neither here nor may be on the Hub, before torch is imported. Returns the output."""
     from corda_convert.checkpoint.folder import missing_path
+    from corda_convert.checkpoint.hub_id import parse_hub_id
 
     for what, path in paths:
-        if path is not None and not path.exists():
+        if path is not None and not path.exists() and parse_hub_id(str(path)) is None:
             raise missing_path(path, what)
     output: Path = options["output"]
     return output

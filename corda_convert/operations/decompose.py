@@ -13,6 +13,7 @@ from corda_convert.checkpoint.folder import INITIAL_ADAPTER_FOLDER, Checkpoint, 
 from corda_convert.checkpoint.names import NameMap
 from corda_convert.checkpoint.structure import read_structure
 from corda_convert.errors import CordaConvertError, UnsupportedInput, raise_problems, some
+from corda_convert.hub_reading import fetch, located
 from corda_convert.operations.contexts import ContextMethod, SharedContexts
 from corda_convert.operations.decompose_options import (
     DecomposeOptions,
@@ -35,7 +36,7 @@ from corda_convert.operations.experts_targets import (
 )
 from corda_convert.operations.options import Outcome, RunOptions
 from corda_convert.operations.peft_cache import check_cache_path, write_cache
-from corda_convert.operations.production import Input, Production, produce
+from corda_convert.operations.production import Input, Production, input_paths, produce
 from corda_convert.operations.rank_budget import choose_ranks, plan_first_pass, rank_bounds
 from corda_convert.operations.targets import (
     Chosen,
@@ -69,7 +70,8 @@ def decompose(
 
     if options.write_cache is not None:
         check_cache_path(Path(options.write_cache), Path(output), overwrite=run.overwrite)
-    checkpoint = read_checkpoint(Path(model))
+    covariances = None if covariances is None else located(covariances, "covariance file")
+    checkpoint = read_checkpoint(located(model, "model"))
     split = split_of(options)
     raise_problems(option_problems(options, split, checkpoint, covariances, run))
     matrices = None if covariances is None else read_covariances(Path(covariances))
@@ -172,6 +174,7 @@ def _spend(work: _Work, targets: Sequence[Target], split: Split, warnings: tuple
     outcome = produce(planned, replace(work.run, dry_run=True))
     if work.run.dry_run:
         return outcome
+    fetch(input_paths(planned), progress=work.run.progress)
     choice = choose_ranks(targets, first.shares(split.mode), bounds, split.mode)
     ranked_targets = [target for target in targets if target.module_name in choice.ranks]
     notes = (*warnings, *choice.warnings)

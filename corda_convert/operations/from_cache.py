@@ -16,6 +16,7 @@ from corda_convert.checkpoint.names import NameMap
 from corda_convert.checkpoint.structure import read_structure
 from corda_convert.checkpoint.tensors import read_tensor
 from corda_convert.errors import AdapterMismatch, CordaConvertError, NotFinite, UnsupportedInput, raise_problems, some
+from corda_convert.hub_reading import located
 from corda_convert.operations.decomposition import Mode
 from corda_convert.operations.evidence import initial_adapter_of
 from corda_convert.operations.initial_config import Ranks, initial_config
@@ -62,13 +63,13 @@ def decompose_from_cache(
     `A₀ = √(S/s)·Vᵀ` and `B₀ = U·√(S/s)` have the bits of PEFT's `corda_init`; the residual is computed in float64 and
     rounded once. Raises a `CordaConvertError`; then nothing was written.
     """
-    checkpoint = read_checkpoint(Path(model))
+    checkpoint = read_checkpoint(located(model, "model"))
     if initial_adapter_of(checkpoint.root) is not None:
         raise AdapterMismatch(
             f"{checkpoint.name} is a residual already: it has its initial adapter with it.",
             next_step="Give the base model.",
         )
-    opened = open_cache(Path(cache))
+    opened = open_cache(located(cache, "cache file"))
     names = NameMap(checkpoint, read_structure(checkpoint.root, checkpoint.config, checkpoint.tensors))
     found = _at_run_time(opened, names)
     targets = _targets(found, names)

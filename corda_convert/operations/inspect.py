@@ -26,9 +26,11 @@ from corda_convert.checkpoint.folder import (
     read_checkpoint,
 )
 from corda_convert.checkpoint.pickle_file import PickleFile
+from corda_convert.checkpoint.remote_file import announced_in, is_there
 from corda_convert.checkpoint.safetensors_file import SafetensorsFile
 from corda_convert.checkpoint.tensors import TensorFile, TensorSpec
 from corda_convert.errors import CordaConvertError, InputNotFound, MalformedFile, UnsupportedInput, some
+from corda_convert.hub_reading import located
 from corda_convert.operations import inspect_adapter, inspect_model
 from corda_convert.operations.adapter_facts import facts_of
 from corda_convert.operations.server_rules import Server
@@ -81,10 +83,11 @@ def inspect(path: Path | str, *, base: Path | str | None = None, server: Server 
     `base` is a model: which of its tensors the adapter would touch, and what does not fit. `server` is one to serve the
     adapter as it is. Raises a `CordaConvertError` for what is nothing that this program knows, or is damaged.
     """
-    path, asked = Path(path), _Asked(None if base is None else Path(base), server)
-    if not path.exists():
+    given = Path(path)
+    path, asked = located(given, "file or folder"), _Asked(None if base is None else located(base, "model"), server)
+    if not (path.is_dir() or is_there(path)):
         raise missing_path(path, "file or folder")
-    if asked.base is not None and not asked.base.exists():
+    if asked.base is not None and not (asked.base.is_dir() or is_there(asked.base)):
         raise missing_path(asked.base, "model")
     try:
         facts = _inspect_folder(path, asked) if path.is_dir() else _inspect_file(path, asked)
@@ -93,10 +96,13 @@ def inspect(path: Path | str, *, base: Path | str | None = None, server: Server 
     commands = list(facts.pop("next"))
     if path.is_dir():
         facts["receipt"] = facts.get("receipt") or inspect_model.receipt_of(path)
-        commands += [f"corda-convert push {shlex.quote(str(path))} OWNER/NAME"] if facts["receipt"] else []
+        is_here = given == path and facts["receipt"]
+        commands += [f"corda-convert push {shlex.quote(str(path))} OWNER/NAME"] if is_here else []
     last = {key: facts.pop(key, None) for key in ("receipt", "base", "server")}
-    found = {**_head(path), **facts, **last, "next": commands}
-    return Inspection(path, found, _is_fine(found))
+    if given != path:  # on the Hub: the commands shall name it as the user did
+        commands = [command.replace(shlex.quote(str(path)), shlex.quote(str(given))) for command in commands]
+    found = {**_head(given), **facts, **last, "next": commands}
+    return Inspection(given, found, _is_fine(found))
 
 
 def failure(path: Path, problem: CordaConvertError) -> dict[str, Any]:
@@ -118,7 +124,7 @@ def _is_fine(facts: Mapping[str, Any]) -> bool:
 def _inspect_folder(path: Path, asked: _Asked) -> dict[str, Any]:
     if (path / CONFIG_FILE).is_file():
         return _adapter(inspect_adapter.read_any_adapter(path), path, asked)
-    names = {entry.name for entry in path.iterdir()}
+    names = {entry.name for entry in (*path.iterdir(), *announced_in(path))}
     if not names & {*_MODEL_FILES, SINGLE_FILE, PICKLED_SINGLE_FILE}:
         if RECEIPT_FILE in names:
             return _receipt(path / RECEIPT_FILE, asked)

@@ -15,6 +15,7 @@ from corda_convert.adapters.rwkv import RwkvTraining, read_rwkv, read_rwkv_initi
 from corda_convert.adapters.tokens import TokenRows
 from corda_convert.checkpoint.folder import Checkpoint, model_name
 from corda_convert.checkpoint.names import NameMap
+from corda_convert.checkpoint.remote_file import file_bytes
 from corda_convert.checkpoint.tensors import TensorSpec
 from corda_convert.errors import CordaConvertError
 from corda_convert.operations.adapter_facts import AdapterFacts
@@ -90,7 +91,7 @@ def sizes(specs: Mapping[str, TensorSpec], files: Iterable[Path]) -> dict[str, A
         "parameters": sum(dtypes.values()),
         "dtypes": dict(dtypes.most_common()),
         "files": len(paths),
-        "bytes": sum(path.stat().st_size for path in paths),
+        "bytes": sum(map(file_bytes, paths)),
     }
 
 

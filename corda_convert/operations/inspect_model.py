@@ -15,6 +15,7 @@ from corda_convert.checkpoint.dequantized import dequantized
 from corda_convert.checkpoint.folder import RECEIPT_FILE, Checkpoint, read_json
 from corda_convert.checkpoint.pickle_file import PickleFile
 from corda_convert.checkpoint.quantized import Quantization, quantization_of
+from corda_convert.checkpoint.remote_file import file_bytes, is_there
 from corda_convert.errors import CordaConvertError, MalformedFile
 from corda_convert.operations.adapter_facts import facts_of
 from corda_convert.operations.authors import is_decomposed, read_layers
@@ -211,7 +212,7 @@ def describe_receipt(path: Path) -> dict[str, Any]:
 
 def _is_there(folder: Path, name: str, nbytes: int) -> bool:
     path = folder / name
-    return path.is_file() and path.stat().st_size == nbytes
+    return is_there(path) and file_bytes(path) == nbytes
 
 
 def receipt_of(folder: Path) -> dict[str, Any] | None:

@@ -39,6 +39,8 @@ from corda_convert.operations.lora_description import (
 )
 from corda_convert.operations.lora_modules import Carried, LoraModule, LoraSource, Summand
 from corda_convert.operations.lora_parameters import check_alike, parameter_module, place_of, rewrapped
+from corda_convert.operations.options import RunOptions
+from corda_convert.operations.remote_inputs import unread_weights
 from corda_convert.operations.residual import Residual, read_residual
 from corda_convert.operations.several import scaled
 from corda_convert.operations.shares import repeated_shares
@@ -60,6 +62,7 @@ class Given:
         base: the base model, where it can be read.
         residual: the model that the one adapter was trained beside, where its initial adapter is lost.
         as_is: do not judge by the numbers what belongs together.
+        run: for a dry run, which reads no weights of models on the Hub.
     """
 
     adapters: Sequence[Path]
@@ -68,6 +71,7 @@ class Given:
     base: Checkpoint | None = None
     residual: Path | None = None
     as_is: bool = False
+    run: RunOptions = RunOptions()  # noqa: RUF009 - frozen
 
 
 @dataclass(slots=True)
@@ -87,7 +91,9 @@ def from_adapters(given: Given) -> LoraSource:
             if one is not None:
                 _check_kind(one)
     fitted, names = _fitted(parts, given)
-    if not given.as_is:
+    models = [*([given.base] if given.base else []), *([residual.checkpoint] if residual else [])]
+    unread = unread_weights(given.run, *(model.shards for model in models))
+    if not given.as_is and not unread:
         _check_belonging(parts, fitted, given.base, residual)
     gathered = _Gathered()
     for place, part in enumerate(parts):
@@ -107,7 +113,7 @@ def from_adapters(given: Given) -> LoraSource:
         keeps_scaling=len(parts) == 1 and keeps_scaling(parts[0]),
         base=base_name(parts),
         names=names,
-        warnings=tuple(warnings_of(parts)),
+        warnings=(*warnings_of(parts), *unread),
         facts={"adapters": [part.describe() for part in parts]},
     )
 

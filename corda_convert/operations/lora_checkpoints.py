@@ -10,14 +10,18 @@ from typing import Any
 from corda_convert.adapters.source import PEFT_PREFIX
 from corda_convert.checkpoint.comparison import same_values
 from corda_convert.checkpoint.folder import Checkpoint, read_checkpoint
+from corda_convert.checkpoint.hub_id import snapshot_of
 from corda_convert.checkpoint.names import NameMap
 from corda_convert.checkpoint.structure import ModelStructure, read_structure
 from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorRef
 from corda_convert.errors import AdapterMismatch, CordaConvertError, UnsupportedInput, raise_problems, some
+from corda_convert.hub_reading import fetch
 from corda_convert.operations.initial_config import target_modules
 from corda_convert.operations.lora_dense import Difference
 from corda_convert.operations.lora_modules import Carried, LoraModule, LoraSource
+from corda_convert.operations.options import RunOptions
 from corda_convert.operations.production import Input
+from corda_convert.operations.remote_inputs import unread_weights
 from corda_convert.output.side_files import tokenizer_files
 
 
@@ -33,7 +37,7 @@ class _Changes:
     problems: list[CordaConvertError] = field(default_factory=list)
 
 
-def from_checkpoints(before: Path, after: Path) -> LoraSource:
+def from_checkpoints(before: Path, after: Path, run: RunOptions = RunOptions()) -> LoraSource:  # noqa: B008 - frozen
     """The difference of two checkpoints of one architecture, which are both read through once to find it.
 
     Linear and Conv1D weights become factors, the head too; changed biases of theirs, norms and embeddings are brought along
@@ -41,6 +45,15 @@ def from_checkpoints(before: Path, after: Path) -> LoraSource:
     Raises one of our errors, all problems together.
     """
     base, tuned = read_checkpoint(before), read_checkpoint(after)
+    shards = [*base.shards, *tuned.shards]
+    if unread_weights(run, shards):
+        raise UnsupportedInput(
+            "There is no dry run of --from-checkpoints for a model on the Hub.",
+            why="What is planned depends on which weights differ, so both models are read first; a dry run downloads none.",
+            next_step="Leave out --dry-run, or download the models first with: hf download",
+        )
+    if not run.stream:
+        fetch([file.path for file in shards], progress=run.progress)
     structure = read_structure(base.root, base.config, base.tensors)
     if structure is None:
         raise UnsupportedInput(
@@ -65,7 +78,7 @@ def from_checkpoints(before: Path, after: Path) -> LoraSource:
         options={"from_checkpoints": [base.name, tuned.name], "init": []},
         what=f"The difference of `{tuned.name}` and `{base.name}` as an ordinary LoRA for `{base.name}`.",
         side_files=tokenizer_files(tuned.root),
-        base=str(before),
+        base=str(before) if snapshot_of(before) is None else base.name,
         names=names,
         warnings=tuple(_warnings(tuned, changes)),
         facts={

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from corda_convert.adapters import read_adapter
@@ -12,6 +12,7 @@ from corda_convert.adapters.rwkv import RwkvTraining
 from corda_convert.checkpoint.folder import Checkpoint
 from corda_convert.checkpoint.names import NameMap
 from corda_convert.errors import UnsupportedInput
+from corda_convert.hub_reading import located
 from corda_convert.operations.authors import is_decomposed, merge_decomposed
 from corda_convert.operations.bases import Base, read_base
 from corda_convert.operations.belonging import Part, check_belonging, fit_all, structure_for
@@ -21,6 +22,7 @@ from corda_convert.operations.initials import assign
 from corda_convert.operations.model_side import model_side_files, transformers_card
 from corda_convert.operations.options import Outcome, RunOptions
 from corda_convert.operations.production import Input, Production, checkpoint_files, produce, read_ahead
+from corda_convert.operations.remote_inputs import unread_weights
 from corda_convert.operations.reproduction import Reproduction, reproduced
 from corda_convert.operations.residual import Residual, fold_into_residual, read_residual
 from corda_convert.operations.several import check_together, in_fixed_order, order_matters, scaled
@@ -76,8 +78,9 @@ def merge(
     touches is copied byte for byte. The order of the adapters does not matter, unless one depends on the weight (DoRA, bat
     blocks). Raises a `CordaConvertError`; then nothing was written.
     """
-    adapters = _paths(adapter)
-    base = read_base(Path(model), run, rounding=options.rounding, requantize=options.requantize)
+    adapters = tuple(located(path, "adapter") for path in _paths(adapter))
+    options = _here(options)
+    base = read_base(located(model, "model"), run, rounding=options.rounding, requantize=options.requantize)
     checkpoint = base.stored
     if options.requantize and (options.subtract is not None or not adapters):
         raise UnsupportedInput("--requantize goes with --adapter.", next_step="Leave it out.")
@@ -102,6 +105,16 @@ def merge(
         )
     with read_ahead((*(each.source.file for each in trained), *checkpoint.shards), run) as ahead:
         return _merge(base, trained, Path(output), options, run, ahead)
+
+
+def _here(options: MergeOptions) -> MergeOptions:
+    """The options with paths in the place of names on the Hub."""
+    return replace(
+        options,
+        init=tuple(located(path, "initial adapter") for path in _paths(options.init)),
+        residual=None if options.residual is None else located(options.residual, "residual"),
+        subtract=None if options.subtract is None else located(options.subtract, "initial adapter"),
+    )
 
 
 def _check_alone(checkpoint: Checkpoint, options: MergeOptions) -> None:
@@ -141,7 +154,8 @@ def _merge(
     parts, applied = [given[place] for place in order], [applied[place] for place in order]
     names = NameMap(checkpoint, structure_for(checkpoint, [one.adapter for one in applied]))
     fitted = fit_all(applied, names)
-    made_again = [] if options.as_is else check_belonging(parts, fitted, checkpoint, residual)
+    unread = unread_weights(run, checkpoint.shards, () if residual is None else residual.checkpoint.shards)
+    made_again = [] if options.as_is or unread else check_belonging(parts, fitted, checkpoint, residual)
     check_together(applied, fitted, names)
     edits = collect_edits(applied, fitted, names)
     warnings = [
@@ -149,6 +163,7 @@ def _merge(
         *_made_again_warnings(parts, made_again, checkpoint),
         *edits.warnings,
         *base.warnings(),
+        *unread,
     ]
     if residual is not None:
         warnings.append(fold_into_residual(edits, residual, checkpoint))

@@ -54,7 +54,7 @@ def transformers_card(
     named = str(config.get("_name_or_path") or "")
     return Card(
         what=what,
-        base_model=named if is_hub_id(named) else checkpoint.name,
+        base_model=named if is_hub_id(named) and not is_hub_id(checkpoint.name) else checkpoint.name,
         relation=relation,
         library_name="transformers",
         tags=tags,

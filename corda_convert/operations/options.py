@@ -29,6 +29,7 @@ class RunOptions:
         max_memory_bytes: bound on the process's memory, the program itself included; None for no bound.
         dry_run: plan and check everything, write nothing.
         overwrite: replace an output folder that this program made.
+        stream: fetch the files of a model on the Hub one after the other, and delete each when nothing more is read of it.
         push_to: Hub repository to publish the output to, `owner/name`.
         private: make that repository private.
         revision: branch of that repository, made if there is none of that name; None for the default one.
@@ -43,6 +44,7 @@ class RunOptions:
     max_memory_bytes: int | None = None
     dry_run: bool = False
     overwrite: bool = False
+    stream: bool = False
     push_to: str | None = None
     private: bool = False
     revision: str | None = None

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corda_convert import engine, hub
+from corda_convert import engine, hub, hub_reading
 from corda_convert.checkpoint.dequantized import DequantizedFile, stored_as, written_dtype
 from corda_convert.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Checkpoint
 from corda_convert.checkpoint.pickle_file import PickleFile
+from corda_convert.checkpoint.remote_file import file_bytes
 from corda_convert.checkpoint.safetensors_file import SafetensorsFile
 from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorFile
 from corda_convert.distributed import Place, threads_of_this_process
@@ -23,6 +24,7 @@ from corda_convert.operations.dequantize import DequantizeTransform
 from corda_convert.operations.input_digests import hashed_beside, hashing_bytes, is_always_hashed
 from corda_convert.operations.options import Outcome, RunOptions
 from corda_convert.operations.push import destination_of, publish
+from corda_convert.operations.remote_inputs import check_stated, described, stated_sha256
 from corda_convert.operations.resuming import check_unchanged, identify, plan_digest, take_over
 from corda_convert.operations.rounding import rounding_warnings
 from corda_convert.operations.sharing import check_agreement, run_shared
@@ -179,6 +181,7 @@ def produce(production: Production, run: RunOptions, ahead: ReadAhead | None = N
     check_agreement(ranks, plan_digest(production, plan), device)
     if run.dry_run:
         return Outcome(production.output, plan, {**receipt, "dry_run": True}, warnings=production.warnings)
+    hub_reading.fetch(input_paths(production), progress=run.progress)
     if not is_first:
         with ranks.leaving():
             run_shared(plan, ranks, device, show_progress=False, digests=digests)
@@ -196,6 +199,11 @@ def produce(production: Production, run: RunOptions, ahead: ReadAhead | None = N
     if destination is not None:
         publication = publish(production.output, receipt, destination)
     return Outcome(production.output, plan, receipt, publication, tuple(receipt["warnings"]))
+
+
+def input_paths(production: Production) -> list[Path]:
+    """The files of tensors that are read."""
+    return list(dict.fromkeys(file.path for source in production.inputs for file in source.files))
 
 
 def _limit_threads(place: Place) -> None:
@@ -348,14 +356,16 @@ def _inputs(production: Production, digests: Mapping[Path, str]) -> list[dict[st
             digest = digests.get(file.path)
             if digest is None and is_always_hashed(source, file):
                 digest = file_sha256(file.path)
-            entry: dict[str, Any] = {"name": file.path.name, "bytes": file.path.stat().st_size, "sha256": digest}
+            check_stated(file.path, digest)
+            digest = digest or stated_sha256(file.path)
+            entry: dict[str, Any] = {"name": file.path.name, "bytes": file_bytes(file.path), "sha256": digest}
             if isinstance(file, SafetensorsFile):
                 entry["header_sha256"] = file.header_sha256()
             if isinstance(file, PickleFile) and file.aliases:
                 entry["shared"] = file.aliases
             files.append(entry)
             file.close()
-        entries.append({"role": source.role, "name": source.path.resolve().name, "files": files})
+        entries.append({"role": source.role, **described(source.path), "files": files})
     return entries
 
 

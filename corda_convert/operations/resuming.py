@@ -13,6 +13,7 @@ from corda_convert.checkpoint.byte_file import ByteFile
 from corda_convert.checkpoint.safetensors_file import SafetensorsFile
 from corda_convert.engine import FileRecord
 from corda_convert.errors import MalformedFile
+from corda_convert.operations.remote_inputs import identity, stamp
 from corda_convert.output import journal
 from corda_convert.output.digests import WrittenDigest
 from corda_convert.output.receipt import tool
@@ -106,7 +107,7 @@ def identify(production: Production, plan: Plan, device: torch.device) -> dict[s
         "device": device.type,
         "options": dict(production.options),
         "plan": plan_digest(production, plan),
-        "inputs": [(role, str(path.resolve()), *_stamp(path)) for role, path in files],
+        "inputs": [(role, identity(path), *stamp(path)) for role, path in files],
         "side files": _side_files(production),
     }
     return {name: _digest(value) for name, value in parts.items()}
@@ -123,8 +124,8 @@ def check_unchanged(production: Production, side_files: str) -> None:
         )
 
 
-def _side_files(production: Production) -> list[tuple[str, int, int]]:
-    return [(file.name, *_stamp(file.source)) for file in production.side_files if file.source is not None]
+def _side_files(production: Production) -> list[tuple[object, ...]]:
+    return [(file.name, *stamp(file.source)) for file in production.side_files if file.source is not None]
 
 
 def plan_digest(production: Production, plan: Plan) -> str:
@@ -149,11 +150,6 @@ def plan_digest(production: Production, plan: Plan) -> str:
 
 def _content(file: SideFile) -> tuple[str, int, str]:
     return file.name, file.nbytes, hashlib.sha256(file.content or b"").hexdigest()
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
 
 
 def _digest(value: Any) -> str:

@@ -23,6 +23,7 @@ from corda_convert.operations.edits import Applied, collect_edits, produced
 from corda_convert.operations.model_side import model_side_files, transformers_card, with_snippet
 from corda_convert.operations.options import Outcome, RunOptions
 from corda_convert.operations.production import Input, Production, checkpoint_files, produce, read_ahead
+from corda_convert.operations.remote_inputs import unread_weights
 from corda_convert.operations.shares import Matrices
 from corda_convert.operations.transforms import CastTransform, FoldTransform
 from corda_convert.output.side_files import json_file, override
@@ -76,7 +77,8 @@ def take_out(
         names = names or NameMap(checkpoint, structure_for(checkpoint, [factors]))
         applied = [Applied(factors, -1.0)]
         fitted = fit_all(applied, names)
-        if taking.check is not None:
+        unread = unread_weights(run, checkpoint.shards)
+        if taking.check is not None and not unread:
             taking.check(initial, matrices(fitted[0], checkpoint), checkpoint)
         edits = collect_edits(applied, fitted, names)
         touched = _precise(produced(edits, names, run.output_dtype, "nearest"))
@@ -99,7 +101,7 @@ def take_out(
             index_metadata=checkpoint.index_metadata,
             left_behind=left,
             facts={"adapters": [Part(initial, None, -1.0).describe()]} | edits.facts(),
-            warnings=edits.warnings,
+            warnings=(*edits.warnings, *unread),
             card=with_snippet(
                 transformers_card(
                     checkpoint,

@@ -16,9 +16,11 @@ from typing import Any
 from corda_convert.adapters.lora import read_scaling
 from corda_convert.adapters.source import CONFIG_FILE, WEIGHTS_FILE
 from corda_convert.checkpoint.covariances import Covariances, at_run_time, read_covariances
-from corda_convert.checkpoint.folder import Checkpoint, read_checkpoint
+from corda_convert.checkpoint.folder import Checkpoint, read_checkpoint, read_json
+from corda_convert.checkpoint.hub_id import parse_hub_id
 from corda_convert.checkpoint.tensors import TensorRef
 from corda_convert.errors import CordaConvertError, CovarianceMismatch, UnsupportedInput, raise_problems, some
+from corda_convert.hub_reading import located
 from corda_convert.operations.adapter_facts import AdapterFacts
 from corda_convert.operations.lora_adapters import Given, from_adapters
 from corda_convert.operations.lora_checkpoints import from_checkpoints
@@ -88,16 +90,17 @@ def to_lora(
     rank. A scaling that PEFT's config cannot give is baked into lora_B. Raises a `CordaConvertError`; then nothing was
     written.
     """
-    adapters, initials = _paths(adapter), _paths(init)
-    _check_options(options, adapters, initials)
+    _check_options(options, _paths(adapter), _paths(init))
+    adapters = tuple(located(path, "adapter") for path in _paths(adapter))
+    initials = tuple(located(path, "initial adapter") for path in _paths(init))
     with _read_ahead([*initials, *adapters], run) as ahead:
         base = _readable_base(options, adapters)
         if options.from_checkpoints is not None:
-            before, after = (Path(path) for path in options.from_checkpoints)
-            source = from_checkpoints(before, after)
+            before, after = (located(path, "model") for path in options.from_checkpoints)
+            source = from_checkpoints(before, after, run)
         else:
-            residual = None if options.residual is None else Path(options.residual)
-            source = from_adapters(Given(adapters, initials, options.scales, base, residual, options.as_is))
+            residual = None if options.residual is None else located(options.residual, "residual")
+            source = from_adapters(Given(adapters, initials, options.scales, base, residual, options.as_is, run))
         _check_needed(source, options, run)
         return produce(_production(source, options, run, Path(output)), run, ahead)
 
@@ -164,21 +167,22 @@ def _check_options(options: ToLoraOptions, adapters: Sequence[Path], initials: S
 
 
 def _readable_base(options: ToLoraOptions, adapters: Sequence[Path]) -> Checkpoint | None:
-    """The base model, where `--base` is a folder here; else where a block adapter, which needs it, names one."""
+    """The base model: a folder that is here, or a model on the Hub, where the adapters' kinds or `--residual` need one.
+
+    Without `--base` the one that a block adapter names, which needs it.
+    """
     if options.from_checkpoints is not None:
         return None
+    named = [read_json(path / CONFIG_FILE) for path in adapters if (path / CONFIG_FILE).is_file()]
+    blocks = [config for config in named if str(config.get("peft_type")).upper() != "LORA"]
     if options.base is not None:
-        path = Path(options.base)
-        return read_checkpoint(path) if path.exists() else None
-    for path in adapters:
-        config = path / CONFIG_FILE
-        if config.is_file():
-            from corda_convert.checkpoint.folder import read_json
-
-            read = read_json(config)
-            named = Path(str(read.get("base_model_name_or_path") or ""))
-            if str(read.get("peft_type")).upper() != "LORA" and str(named) != "." and named.is_dir():
-                return read_checkpoint(named)
+        needs_it = options.residual is not None or bool(blocks)
+        path = located(options.base, "model") if needs_it else Path(options.base)
+        return read_checkpoint(path) if needs_it or path.exists() else None
+    for config in blocks:
+        own = str(config.get("base_model_name_or_path") or "")
+        if own and Path(own).is_dir():
+            return read_checkpoint(Path(own))
     return None
 
 
@@ -243,7 +247,7 @@ def _production(source: LoraSource, options: ToLoraOptions, run: RunOptions, out
     matrices = None if options.weight_by is None else read_covariances(Path(options.weight_by))
     weights = _covariances(source, matrices)
     device = run.torch_device()
-    base = options.base or source.base
+    base = source.base if options.base is None else _name_of_base(options.base)
     chosen = {
         module.key: chosen_rank(module, options.rank, options.energy, weights.get(module.key), device)
         for module in source.modules
@@ -279,6 +283,12 @@ def _production(source: LoraSource, options: ToLoraOptions, run: RunOptions, out
         card=_card(source, base),
         warnings=(*_warnings(source, base, run), *source.warnings),
     )
+
+
+def _name_of_base(base: str) -> str:
+    """As the new adapter's config and card name it: on the Hub without the revision."""
+    asked = None if Path(base).exists() else parse_hub_id(base)
+    return base if asked is None else asked.name
 
 
 def _options(source: LoraSource, options: ToLoraOptions, run: RunOptions) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from corda_convert.checkpoint.folder import (
     RECEIPT_FILE,
     Checkpoint,
 )
+from corda_convert.checkpoint.remote_file import remote_folder
 
 _OTHER_WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|onnx_data|tflite|ot)$|.*\.(safetensors|bin|h5)\.index\.json$"
@@ -60,6 +61,11 @@ class SideFiles:
     left: tuple[str, ...]
 
 
+def is_carried(file_name: str) -> bool:
+    """Whether a file of this name, beside a model's weights, goes along with them."""
+    return not _NOT_THE_MODEL.match(file_name) and not _OTHER_WEIGHTS.match(file_name)
+
+
 def collect_side_files(checkpoint: Checkpoint) -> SideFiles:
     """Every file of the model's folder that is not a copy of its weights, a card, a receipt or a training state.
 
@@ -75,10 +81,13 @@ def collect_side_files(checkpoint: Checkpoint) -> SideFiles:
         name = path.relative_to(checkpoint.root).as_posix()
         if name in weights:
             continue
-        if _NOT_THE_MODEL.match(path.name) or _OTHER_WEIGHTS.match(path.name):
-            left.append(name)
-        else:
+        if is_carried(path.name):
             carried.append(SideFile(name, source=path))
+        else:
+            left.append(name)
+    remote = remote_folder(checkpoint.root)
+    if remote is not None:
+        left = sorted({*left, *remote.left})
     return SideFiles(tuple(carried), tuple(left))
 
 
