@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from corda_convert.errors import CordaConvertError, RunStopped, UnsupportedInput
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.distributed import Store  # type: ignore[attr-defined,unused-ignore]
 
 _T = TypeVar("_T")
@@ -76,6 +77,10 @@ class Ranks(Protocol):
         """Waits for all processes. Returns the values that they brought, by rank. Raises as `check` does."""
         ...
 
+    def add_up(self, tensor: Tensor) -> None:
+        """Waits for all processes, and puts the sum of their tensors in the place of each. Raises as `check` does."""
+        ...
+
     def check(self) -> None:
         """Raises a `CordaConvertError` once another process has failed, and `RunStopped` if it stopped or is gone."""
         ...
@@ -92,6 +97,9 @@ class Alone:
 
     def exchange(self, value: _T) -> list[_T]:
         return [value]
+
+    def add_up(self, tensor: Tensor) -> None:
+        """The sum is what it is."""
 
     def check(self) -> None:
         """There is nobody else."""
@@ -138,14 +146,20 @@ class Group:
     def exchange(self, value: _T) -> list[_T]:
         import torch.distributed as dist
 
-        self._step += 1
-        with self._connection():
-            self._store.set(f"at/{self._step}/{self.place.rank}", "")
-        self._wait([f"at/{self._step}/{rank}" for rank in range(self.place.size)])
+        self._meet()
         values: list[Any] = [None] * self.place.size
         with self._connection():
             dist.all_gather_object(values, value)
         return values
+
+    def add_up(self, tensor: Tensor) -> None:
+        import torch.distributed as dist
+
+        self._meet()
+        host = tensor.cpu()
+        with self._connection():
+            dist.all_reduce(host)
+        tensor.copy_(host)
 
     def check(self) -> None:
         if self._trouble is not None:
@@ -191,6 +205,13 @@ class Group:
             self._set(f"failed/{self.place.rank}", json.dumps(told))
             self._set("failed", "")
         self._set(f"left/{self.place.rank}", "")
+
+    def _meet(self) -> None:
+        """Waits until all processes have come to this step."""
+        self._step += 1
+        with self._connection():
+            self._store.set(f"at/{self._step}/{self.place.rank}", "")
+        self._wait([f"at/{self._step}/{rank}" for rank in range(self.place.size)])
 
     def _wait(self, keys: list[str]) -> None:
         pause = 0.01

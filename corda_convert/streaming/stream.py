@@ -43,17 +43,16 @@ class Batch:
 
 
 def make_batches(samples: Sequence[Sequence[int]], batch_tokens: int) -> list[Batch]:
-    """Neighbouring samples of equal length together, as many as have up to `batch_tokens` tokens (one sample at least)."""
+    """Samples of equal length together, as many as have up to `batch_tokens` tokens (one sample at least)."""
     import torch
 
-    groups: list[list[int]] = []
+    of_length: dict[int, list[int]] = {}
     for number, sample in enumerate(samples):
-        length = len(sample)
-        last = groups[-1] if groups else []
-        if last and len(samples[last[0]]) == length and (len(last) + 1) * length <= batch_tokens:
-            last.append(number)
-        else:
-            groups.append([number])
+        of_length.setdefault(len(sample), []).append(number)
+    groups: list[list[int]] = []
+    for length, numbers in of_length.items():
+        count = max(1, batch_tokens // max(length, 1))
+        groups += [numbers[begin : begin + count] for begin in range(0, len(numbers), count)]
     return [Batch(tuple(group), torch.tensor([list(samples[number]) for number in group])) for group in groups]
 
 
@@ -116,12 +115,16 @@ class LayerStream:
         self._embedding: Any = None
         self._handles = self._fill_on_use()
 
-    def embed(self) -> None:
-        """Runs what stands before the first block."""
+    def embed(self, after: Callable[[int, Tensor], None] | None = None) -> None:
+        """Runs what stands before the first block. `after` gets each batch's place and the hidden states."""
         self._expect(-1)
-        for place, batch in enumerate(self.batches):
-            self.hidden_states.put(place, self._forward(batch, {0: _reached}))
         self._embedding = self._model.get_input_embeddings()
+        self._fill_embedding()
+        for place, batch in enumerate(self.batches):
+            states = self._forward(batch, {0: _reached})
+            self.hidden_states.put(place, states)
+            if after is not None:
+                after(place, states)
         self._replace_embedding()
 
     def run_block(self, index: int, after: Callable[[int, Tensor], None] | None = None) -> None:
@@ -218,7 +221,7 @@ class LayerStream:
         """The model's forward with other calls in the place of some blocks; the others hand on what they are given."""
         import torch
 
-        with self._replaced(calls), torch.inference_mode():
+        with self._replaced(calls), torch.no_grad():
             try:
                 output = self._model(input_ids=batch.input_ids.to(self._device))
             except _Reached as reached:
@@ -265,6 +268,11 @@ class LayerStream:
 
     def _restore_embedding(self) -> None:
         self._model.set_input_embeddings(self._embedding)
+        self._fill_embedding()
+
+    def _fill_embedding(self) -> None:
+        """Before it is called: models send their inputs to the device where it is."""
+        self.weights.fill(names_of(self._model.named_modules())[id(self._embedding)], self._embedding)
 
     def _check_finite(self, output: Tensor, name: str, place: int) -> None:
         import torch

@@ -1,0 +1,151 @@
+"""A planned run of `collect`: what it is made of, and what of it is known before it runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from corda_convert.checkpoint.folder import Checkpoint
+from corda_convert.corpus import Corpus
+from corda_convert.errors import some
+from corda_convert.operations.collect_options import CollectOptions
+from corda_convert.operations.collect_targets import Wanted
+from corda_convert.operations.covariance_warnings import TOKENS_PER_INPUT
+from corda_convert.operations.options import RunOptions
+from corda_convert.output.receipt import RECEIPT_FORMAT, RECEIPT_FORMAT_VERSION, tool
+from corda_convert.streaming.architecture import Architecture
+from corda_convert.streaming.blocks import find_blocks
+from corda_convert.streaming.stream import Batch
+
+if TYPE_CHECKING:
+    import torch
+
+GROUPS = 16
+"""Samples are summed in so many groups at least, if there are so many batches: the sums of a group are float32."""
+
+GROUP_TOKENS = 16_384
+"""The most tokens of a group, unless one batch has more."""
+
+
+@dataclass(frozen=True, slots=True)
+class CollectJob:
+    """What is to be done, all of it checked."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    corpus: Corpus
+    batches: tuple[Batch, ...]
+    wanted: Wanted
+    output: Path
+    options: CollectOptions
+    run: RunOptions
+    device: torch.device
+
+    @property
+    def samples(self) -> int:
+        return len(self.corpus.samples)
+
+    def groups(self) -> list[list[int]]:
+        """Places of batches that are summed together, the same for any number of processes."""
+        most = min(GROUP_TOKENS, max(self.corpus.tokens // GROUPS, 1))
+        groups: list[list[int]] = []
+        tokens = 0
+        for place, batch in enumerate(self.batches):
+            if not groups or tokens + batch.tokens > most:
+                groups.append([])
+                tokens = 0
+            groups[-1].append(place)
+            tokens += batch.tokens
+        return groups
+
+    def identity(self) -> dict[str, str]:
+        """Digests of all that the bytes depend on, by what they are of."""
+        files = [(shard.path.name, *_stamp(shard.path)) for shard in self.checkpoint.shards]
+        parts: dict[str, Any] = {
+            "program": {name: value for name, value in tool().items() if name != "threads"},
+            "model": [files, self.checkpoint.config, str(self.architecture.dtype)],
+            "device": self.device.type,
+            "options": self.options.described(),
+            "data": self.corpus.samples,
+        }
+        return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in parts.items()}
+
+    def receipt(self) -> dict[str, Any]:
+        return {
+            "format": RECEIPT_FORMAT,
+            "format_version": RECEIPT_FORMAT_VERSION,
+            "tool": tool(),
+            "command": "collect",
+            "options": {
+                "model": self.checkpoint.name,
+                **self.options.described(),
+                "dtype": str(self.architecture.dtype).removeprefix("torch."),
+                "device": self.device.type,
+            },
+            "data": {
+                "description": self.corpus.description,
+                "samples": self.samples,
+                "tokens": self.corpus.tokens,
+            },
+        }
+
+    def warnings(self) -> tuple[str, ...]:
+        warnings = list(self.corpus.warnings)
+        widest = max(self.wanted.widths, key=lambda name: self.wanted.widths[name], default=None)
+        if widest is not None and self.corpus.tokens < TOKENS_PER_INPUT * self.wanted.widths[widest]:
+            width, tokens = self.wanted.widths[widest], self.corpus.tokens
+            consequence = (
+                "its covariance is rank-deficient" if tokens < width else "the smallest directions are mostly chance"
+            )
+            warnings.append(
+                f"There are {tokens:,} tokens, {tokens / width:.1f} for each of the {width:,} inputs of {widest}: "
+                f"{consequence}. Collect {TOKENS_PER_INPUT * width:,} or more, with --samples or --seq-len."
+            )
+        if self.wanted.left_out:
+            warnings.append(
+                f"{len(self.wanted.left_out)} Linear layers cannot be decomposed and were left out: "
+                f"{some(self.wanted.left_out)}."
+            )
+        return tuple(warnings)
+
+    def plan(self) -> dict[str, Any]:
+        """Bytes on the device, in host memory and on disk, known from headers: bounds, since shared inputs show later."""
+        model, itemsize = self.architecture.model, self.architecture.dtype.itemsize
+        hidden = model.config.get_text_config().hidden_size
+        tokens = max(batch.tokens for batch in self.batches)
+        widths = self.wanted.widths
+        matrices = sum(4 * (width + 1) * width for width in widths.values())
+        if self.options.whole_model:
+            parts, weights = [widths], _weight_bytes(model, itemsize)
+        else:
+            blocks = find_blocks(model)
+            names = [blocks.name(index) for index in range(len(blocks.modules))]
+            parts = [self.wanted.within(name).widths for name in names]
+            embedding = _weight_bytes(model.get_input_embeddings(), itemsize)
+            weights = max(embedding, *(_weight_bytes(block, itemsize) for block in blocks.modules))
+        sums = max(sum(12 * width * width for width in part.values()) for part in parts)
+        activations = tokens * (4 * hidden + 3 * max(widths.values(), default=hidden)) * (itemsize + 4)
+        states = 0 if self.options.whole_model else self.corpus.tokens * hidden * itemsize
+        is_offloaded = self.options.offload is not None
+        return {
+            "modules": len(widths) + len(self.wanted.stacks),
+            "device_bytes": {"weights": weights, "sums_at_most": sums, "activations_about": activations},
+            "host_bytes": {"hidden_states": 0 if is_offloaded else states},
+            "disk_bytes": {
+                "output_at_most": matrices,
+                "work_at_most": matrices,
+                "offload": states if is_offloaded else 0,
+            },
+        }
+
+
+def _weight_bytes(module: Any, itemsize: int) -> int:
+    return sum(itemsize * parameter.numel() for parameter in module.parameters())
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns

@@ -1,0 +1,120 @@
+"""Where `collect` keeps what it has finished: a hidden folder beside the output, a file for each part of the model."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from corda_convert.errors import CordaConvertError, OutputRefused, RunStopped
+from corda_convert.operations.collect_stage import StageResult
+from corda_convert.output.digests import file_sha256
+from corda_convert.output.staging import work_folder
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A part of the model whose sums are on disk.
+
+    Attributes:
+        path: a safetensors file.
+        aliases, tokens: as in `StageResult`.
+    """
+
+    path: Path
+    aliases: Mapping[str, str]
+    tokens: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The hidden folder of one run."""
+
+    folder: Path
+
+    def keep(self, number: int, result: StageResult) -> Finished:
+        """Writes what a part gave. It counts as finished once its note is there."""
+        from safetensors.torch import save_file
+
+        path = self._path(number)
+        save_file(result.tensors, path)
+        note = {"sha256": file_sha256(path), "aliases": result.aliases, "tokens": result.tokens}
+        draft = self.folder / "draft"
+        draft.write_text(json.dumps(note), "utf-8")
+        draft.replace(path.with_suffix(".json"))
+        return Finished(path, result.aliases, result.tokens)
+
+    def finished(self, number: int) -> Finished | None:
+        """What an earlier run has finished of a part, if it still is as it was written."""
+        path = self._path(number)
+        try:
+            note = json.loads(path.with_suffix(".json").read_text("utf-8"))
+            if file_sha256(path) == note["sha256"]:
+                return Finished(path, dict(note["aliases"]), dict(note["tokens"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return None
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"part-{number:05}.safetensors"
+
+
+@contextlib.contextmanager
+def working(output: Path, identity: Mapping[str, str], *, overwrite: bool) -> Iterator[Work]:
+    """The folder of this run, with what an unfinished run of the same `identity` left.
+
+    It vanishes when the block ends or refuses; what stops the block otherwise leaves it, and tells its place in a note of
+    the exception. Raises `OutputRefused` while another run holds it, and where a run of another identity left something.
+    """
+    folder = work_folder(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputRefused(
+                f"Another run of corda-convert is writing {output}.", next_step="Wait for it, or choose another -o."
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        _begin(folder, identity, overwrite=overwrite)
+        try:
+            yield Work(folder)
+        except BaseException as error:
+            is_refusal = isinstance(error, (CordaConvertError, OSError)) and not isinstance(error, RunStopped)
+            if is_refusal or not any(folder.glob("part-*.json")):
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                error.add_note(str(folder))
+            raise
+        shutil.rmtree(folder)
+    finally:
+        os.close(descriptor)
+
+
+def _begin(folder: Path, identity: Mapping[str, str], *, overwrite: bool) -> None:
+    note = folder / "identity.json"
+    try:
+        left = json.loads(note.read_text("utf-8"))
+    except (OSError, ValueError):
+        left = {}
+    if left == dict(identity):
+        return
+    if left and any(folder.glob("part-*.json")) and not overwrite:
+        differing = sorted(key for key in {*left, *identity} if left.get(key) != identity.get(key))
+        raise OutputRefused(
+            f"An unfinished run left its work in {folder}. Since then changed: {', '.join(differing)}.",
+            next_step="Run the command that was interrupted again to finish it, or start afresh with --overwrite.",
+        )
+    for entry in folder.iterdir():
+        if entry.name != "lock":
+            entry.unlink()
+    draft = folder / "draft"
+    draft.write_text(json.dumps(dict(identity)), "utf-8")
+    draft.replace(note)

@@ -1,0 +1,124 @@
+"""A covariance file, or a folder of them with an index, from tensors that lie in other files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from corda_convert.checkpoint.covariances import FORMAT_NAME, FORMAT_VERSION, read_covariances
+from corda_convert.checkpoint.folder import INDEX_FILE
+from corda_convert.checkpoint.tensors import TensorRef, TensorSpec
+from corda_convert.errors import CordaConvertError, OutputRefused
+from corda_convert.output.shard_writer import ShardWriter
+from corda_convert.output.staging import check_space
+from corda_convert.plan.packing import encode_header
+
+_CHUNK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A tensor of the output: its name, and where its bytes are."""
+
+    name: str
+    source: TensorRef
+
+    @property
+    def spec(self) -> TensorSpec:
+        return TensorSpec(self.name, self.source.spec.dtype, self.source.shape)
+
+
+def metadata_of(aliases: Mapping[str, str], facts: Mapping[str, str | int | None]) -> dict[str, str]:
+    """What a covariance file says of itself; facts that are None are not known."""
+    known = {key: str(value) for key, value in facts.items() if value is not None}
+    own = {"format": FORMAT_NAME, "format_version": str(FORMAT_VERSION)}
+    return {**own, "aliases": json.dumps(dict(sorted(aliases.items()))), **known}
+
+
+def is_one_file(output: Path) -> bool:
+    """Whether the output is one file by its name, rather than a folder."""
+    return output.suffix == ".safetensors"
+
+
+def check_covariance_output(output: Path, *, overwrite: bool) -> None:
+    """Refuses an output that is there, unless it holds covariances of this format and `overwrite` is on."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not overwrite:
+        raise OutputRefused(
+            f"The output {output} exists already.", next_step="Choose another -o, or replace it with --overwrite."
+        )
+    try:
+        found = read_covariances(output)
+        is_ours = found.metadata.get("format") == FORMAT_NAME
+        found.close()
+    except CordaConvertError:
+        is_ours = False
+    if not is_ours or output.is_dir() == is_one_file(output):
+        raise OutputRefused(
+            f"The output {output} was not made by corda-convert collect; --overwrite leaves it alone.",
+            next_step="Remove it yourself, or choose another -o.",
+        )
+
+
+def write_covariances(
+    output: Path, tensors: Sequence[OutputTensor], metadata: dict[str, str], *, work: Path, max_shard_bytes: int
+) -> list[dict[str, Any]]:
+    """Writes the output beside its place, in `work`, and moves it there. Returns each file's name, bytes and SHA-256."""
+    check_space(output, sum(tensor.spec.nbytes for tensor in tensors))
+    if is_one_file(output):
+        draft = work / "output.safetensors"
+        entry = _write_file(draft, tensors, metadata)
+        draft.replace(output)
+        return [{**entry, "name": output.name}]
+    folder = work / "output"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    shards = _in_shards(tensors, max_shard_bytes)
+    entries = []
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        entries.append(_write_file(folder / name, shard, metadata))
+        weight_map |= {tensor.name: name for tensor in shard}
+    total = sum(tensor.spec.nbytes for tensor in tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", "utf-8")
+    if output.exists():
+        shutil.rmtree(output)
+    folder.replace(output)
+    return entries
+
+
+def _in_shards(tensors: Sequence[OutputTensor], most: int) -> list[list[OutputTensor]]:
+    shards: list[list[OutputTensor]] = [[]]
+    nbytes = 0
+    for tensor in tensors:
+        if shards[-1] and nbytes + tensor.spec.nbytes > most:
+            shards.append([])
+            nbytes = 0
+        shards[-1].append(tensor)
+        nbytes += tensor.spec.nbytes
+    return shards
+
+
+def _write_file(path: Path, tensors: Sequence[OutputTensor], metadata: dict[str, str]) -> dict[str, Any]:
+    specs = [tensor.spec for tensor in tensors]
+    header = encode_header(specs, metadata)
+    with ShardWriter(path, header, len(header) + sum(spec.nbytes for spec in specs)) as writer:
+        place = len(header)
+        for tensor in tensors:
+            done = 0
+            while done < tensor.spec.nbytes:
+                piece = bytearray(min(_CHUNK_BYTES, tensor.spec.nbytes - done))
+                tensor.source.file.read_into(tensor.source.name, tensor.source.begin + done, memoryview(piece))
+                writer.write(place + done, memoryview(piece))
+                writer.digest(place + done, memoryview(piece))
+                done += len(piece)
+            place += done
+        nbytes, sha256 = writer.finish()
+    return {"name": path.name, "bytes": nbytes, "sha256": sha256}

@@ -1,0 +1,42 @@
+"""A whole model on the device, for architectures whose blocks cannot be run one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from corda_convert.errors import CordaConvertError, UnsupportedInput
+from corda_convert.streaming.architecture import Architecture
+from corda_convert.streaming.stream import Batch
+from corda_convert.streaming.weights import WeightSource
+
+if TYPE_CHECKING:
+    import torch
+
+
+def run_whole(
+    architecture: Architecture, batches: Sequence[Batch], device: torch.device, after: Callable[[int], None]
+) -> None:
+    """Loads all weights, runs every batch, and calls `after` with its place. Raises `UnsupportedInput` where that fails."""
+    import torch
+
+    model = architecture.model
+    weights = WeightSource(architecture, device)
+    weights.check("", model)
+    weights.fill_all("", model)
+    for level in (model.config, model.config.get_text_config()):
+        level.use_cache = False
+    for place, batch in enumerate(batches):
+        try:
+            with torch.no_grad():
+                model(input_ids=batch.input_ids.to(device))
+        except (CordaConvertError, MemoryError):
+            raise
+        except Exception as error:
+            if type(error).__name__ == "OutOfMemoryError":
+                raise
+            raise UnsupportedInput(
+                f"{type(model).__name__} cannot be run on text alone: {(str(error) or repr(error)).splitlines()[0]}"
+            ) from error
+        after(place)
+    weights.empty(model)
