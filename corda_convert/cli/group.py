@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from corda_convert.cli.collect import collect
 from corda_convert.cli.decompose import decompose
 from corda_convert.cli.inspect import inspect
 from corda_convert.cli.merge import merge
@@ -24,5 +25,5 @@ def cli() -> None:
     """
 
 
-for _command in (decompose, merge, to_lora, inspect, push, perplexity, plot):
+for _command in (collect, decompose, merge, to_lora, inspect, push, perplexity, plot):
     cli.add_command(_command)

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corda_convert.checkpoint.dequantized import dequantized
-from corda_convert.checkpoint.folder import Checkpoint, read_checkpoint
+from corda_convert.checkpoint.folder import read_checkpoint
 from corda_convert.checkpoint.quantized import quantization_of
 from corda_convert.checkpoint.safetensors_file import SafetensorsFile
 from corda_convert.checkpoint.tensors import TensorRef
 from corda_convert.corpus import read_corpus
 from corda_convert.corpus.options import limited_seq_len
+from corda_convert.corpus.tokenizers import read_tokenizer
 from corda_convert.errors import UnsupportedInput, raise_problems, some
+from corda_convert.hub_reading import fetch, located
 from corda_convert.operations.collect_job import CollectJob
 from corda_convert.operations.collect_options import CollectOptions
 from corda_convert.operations.collect_stage import Stage
@@ -66,10 +68,11 @@ def collect(
     One block of the model is on the device at a time. `output` is a file if it ends in `.safetensors`, else a folder with
     an index. An interrupted run is gone on with by the same call. Raises a `CordaConvertError`; then nothing was written.
     """
-    job = _prepare(Path(model), Path(output), options, run)
+    job = _prepare(model, Path(output), options, run)
     if run.dry_run:
         return Collected(job.output, {**job.receipt(), "plan": job.plan()}, job.warnings())
     with run.ranks.leaving():
+        fetch([shard.path for shard in job.checkpoint.shards], progress=run.progress)
         if run.ranks.place.rank > 0:
             _run(job, None)
             run.ranks.exchange(None)
@@ -81,13 +84,13 @@ def collect(
     return Collected(job.output, receipt, (*job.warnings(), *receipt["warnings"]))
 
 
-def _prepare(model: Path, output: Path, options: CollectOptions, run: RunOptions) -> CollectJob:
+def _prepare(model: Path | str, output: Path, options: CollectOptions, run: RunOptions) -> CollectJob:
     """Reads headers and text, and checks everything. Raises what is wrong, nothing being written."""
     import torch
 
     raise_problems(options.problems())
     check_covariance_output(output, overwrite=run.overwrite)
-    checkpoint = read_checkpoint(model)
+    checkpoint = read_checkpoint(located(model, "model"))
     quantization = quantization_of(
         checkpoint.config, {name: ref.spec for name, ref in checkpoint.tensors.items()}, checkpoint.root
     )
@@ -101,26 +104,12 @@ def _prepare(model: Path, output: Path, options: CollectOptions, run: RunOptions
         architecture.model.config._experts_implementation = "eager"
     seq_len, shortened = limited_seq_len(options.corpus.seq_len, architecture.model.config)
     text = replace(options.corpus, seq_len=seq_len)
-    corpus = read_corpus(text, _tokenizer(checkpoint, trust_remote_code=options.trust_remote_code))
+    corpus = read_corpus(text, read_tokenizer(checkpoint.root, trust_remote_code=options.trust_remote_code))
     if shortened is not None and max(map(len, corpus.samples)) == seq_len:
         corpus = replace(corpus, warnings=(shortened, *corpus.warnings))
     is_alone = bool(wanted.stacks) or any(".experts." in name for name in wanted.widths)
     batches = make_batches(corpus.samples, 1 if is_alone else options.batch_tokens)
     return CollectJob(checkpoint, architecture, corpus, tuple(batches), wanted, output, options, run, device)
-
-
-def _tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
-            str(checkpoint.root), trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except Exception as error:
-        raise UnsupportedInput(
-            f"The tokenizer of {checkpoint.name} cannot be loaded: {str(error).splitlines()[0]}",
-            next_step="Put the tokenizer's files beside the weights.",
-        ) from error
 
 
 def _run(job: CollectJob, work: Work | None) -> list[Finished]:

@@ -15,6 +15,7 @@ from corda_convert.operations.collect_options import CollectOptions
 from corda_convert.operations.collect_targets import Wanted
 from corda_convert.operations.covariance_warnings import TOKENS_PER_INPUT
 from corda_convert.operations.options import RunOptions
+from corda_convert.operations.remote_inputs import stamp
 from corda_convert.output.receipt import RECEIPT_FORMAT, RECEIPT_FORMAT_VERSION, tool
 from corda_convert.streaming.architecture import Architecture
 from corda_convert.streaming.blocks import find_blocks
@@ -63,7 +64,7 @@ class CollectJob:
 
     def identity(self) -> dict[str, str]:
         """Digests of all that the bytes depend on, by what they are of."""
-        files = [(shard.path.name, *_stamp(shard.path)) for shard in self.checkpoint.shards]
+        files = [(shard.path.name, *stamp(shard.path)) for shard in self.checkpoint.shards]
         parts: dict[str, Any] = {
             "program": {name: value for name, value in tool().items() if name != "threads"},
             "model": [files, self.checkpoint.config, str(self.architecture.dtype)],
@@ -144,8 +145,3 @@ class CollectJob:
 
 def _weight_bytes(module: Any, itemsize: int) -> int:
     return sum(itemsize * parameter.numel() for parameter in module.parameters())
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
