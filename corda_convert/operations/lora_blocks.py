@@ -30,15 +30,18 @@ class _MadeFile:
         self._block = block
         self._file: TensorFile = block.file
 
-    def make(self) -> Tensor:
+    def make(self, first: int, last: int) -> Tensor:
+        """Rows `first … last`."""
         raise NotImplementedError
 
     def read_into(self, name: str, begin: int, view: memoryview) -> None:
         import torch
 
         if len(view):
-            stored = self.make().contiguous().reshape(-1).view(torch.uint8)[begin : begin + len(view)]
-            torch.frombuffer(view, dtype=torch.uint8).copy_(stored)
+            row, end = self.specs[name].row_nbytes, begin + len(view)
+            first, last = begin // row, -(-end // row)
+            made = self.make(first, last).contiguous().reshape(-1).view(torch.uint8)
+            torch.frombuffer(view, dtype=torch.uint8).copy_(made[begin - first * row : end - first * row])
 
     def close(self) -> None:
         self._file.close()
@@ -47,24 +50,25 @@ class _MadeFile:
 class _TiledIdentity(_MadeFile):
     """`[I_r I_r …]` (r, d_in), the last one cut: a 1 where i mod r is the row."""
 
-    def make(self) -> Tensor:
+    def make(self, first: int, last: int) -> Tensor:
         import torch
 
         (spec,) = self.specs.values()
         r, d_in = spec.shape
-        made = torch.zeros(spec.shape, dtype=torch_dtype(spec.dtype))
-        columns = torch.arange(d_in)
-        made[columns % r, columns] = 1
+        made = torch.zeros(last - first, d_in, dtype=torch_dtype(spec.dtype))
+        for row in range(first, last):
+            made[row - first, row::r] = 1
         return made
 
 
 class _RepeatedBlock(_MadeFile):
     """`blockᵀ` (d_out, r), of a mini block (r, mini_r) as often as d_out has it."""
 
-    def make(self) -> Tensor:
-        (spec,) = self.specs.values()
+    def make(self, first: int, last: int) -> Tensor:
+        import torch
+
         block = read_tensor(self._block)
-        return block.T.repeat(spec.shape[0] // block.shape[1], 1)
+        return block[:, torch.arange(first, last) % block.shape[1]].T
 
 
 def block_summand(factors: BlockFactors, shape: tuple[int, int]) -> Summand:

@@ -118,6 +118,17 @@ class InSteps(Protocol):
         ...
 
 
+@runtime_checkable
+class InAnyOrder(InSteps, Protocol):
+    """One whose steps may be done in any order, and several at once, each on one thread.
+
+    Where it has one output, its facts are of that, as a transform's without steps.
+    """
+
+    @property
+    def is_in_any_order(self) -> bool: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Produced:
     """A tensor that a transform yields. Tensors of one transform may lie in several files.

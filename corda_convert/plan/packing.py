@@ -15,6 +15,7 @@ from corda_convert.plan.model import (
     ComputeJob,
     Copied,
     CopyJob,
+    InAnyOrder,
     InSteps,
     Job,
     NeedsByRows,
@@ -41,8 +42,8 @@ def pack(
     """Lays out every file and cuts the work into jobs, in the order of the files' bytes.
 
     `workers` chunks are computed at once; one where the memory allows no more, and where a job does all its work in one
-    step, which then has torch's own threads. Raises `MemoryBudgetExceeded`, naming the worst job, if even one chunk in
-    flight needs more than `max_memory_bytes` leaves beside the `held_bytes` of the program itself.
+    step, or in steps one after the other, which then have torch's own threads. Raises `MemoryBudgetExceeded`, naming the
+    worst job, if even one chunk in flight needs more than `max_memory_bytes` leaves beside the `held_bytes` of the program.
     """
     packed, places = _lay_out(files)
     jobs = tuple(_jobs(files, places))
@@ -51,7 +52,7 @@ def pack(
     write_buffer = max((chunk.write_bytes for job in compute for chunk in job.chunks), default=0)
     workspace = max((job.workspace_bytes for job in compute), default=0)
     worst = max(compute, key=_job_bytes, default=None)
-    if any(not job.transform.streamed for job in compute):
+    if any(not job.transform.streamed and not isinstance(job.transform, InAnyOrder) for job in compute):
         workers = 1
     plan = Plan(
         packed, jobs, SPARE_SLOTS + workers, workers, read_buffer, write_buffer, workspace, worst.name if worst else ""
