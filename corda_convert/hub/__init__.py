@@ -6,7 +6,7 @@ goes wrong there leaves this package as `PublishFailed`, without a token in its 
 
 from corda_convert.hub.access import check_access
 from corda_convert.hub.client import LOG_IN, connected, redacted, translated_errors
-from corda_convert.hub.files import PublishedFile, published_files
+from corda_convert.hub.files import PublishedFile, published_content, published_files
 from corda_convert.hub.publishing import Destination, Publication, Upload, push_folder
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Upload",
     "check_access",
     "connected",
+    "published_content",
     "published_files",
     "push_folder",
     "redacted",

@@ -75,6 +75,11 @@ def published_files(folder: Path, known: Mapping[str, str] | None = None) -> lis
         return list(pool.map(lambda name: _hashed(name, shown[name], (known or {}).get(name)), shown))
 
 
+def published_content(name: str, content: bytes) -> PublishedFile:
+    """A file that is published with this content, which no folder has."""
+    return PublishedFile(name, len(content), hashlib.sha256(content).hexdigest(), content)
+
+
 def _hashed(name: str, path: Path, sha256: str | None) -> PublishedFile:
     stamp = _stamp(path)
     if sha256 is None:

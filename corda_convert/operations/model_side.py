@@ -9,6 +9,7 @@ from typing import Any
 from corda_convert.checkpoint.folder import Checkpoint
 from corda_convert.errors import UnsupportedInput
 from corda_convert.operations.options import RunOptions
+from corda_convert.output.licence import licence_of
 from corda_convert.output.model_card import Card, is_hub_id
 from corda_convert.output.side_files import (
     SideFile,
@@ -59,6 +60,7 @@ def transformers_card(
         library_name="transformers",
         tags=tags,
         snippet=_loading_snippet(_model_class(config), {file.name for file in side_files}),
+        licence=licence_of(checkpoint.root),
     )
 
 

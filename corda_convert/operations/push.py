@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from corda_convert import hub
 from corda_convert.checkpoint.folder import RECEIPT_FILE
 from corda_convert.errors import InputNotFound, MalformedFile, PublishFailed, some
+from corda_convert.operations.published_names import named_for
 from corda_convert.output.receipt import read_receipt
 from corda_convert.output.summary import describe
 
@@ -59,7 +60,7 @@ def push(
             why="Files were changed, added or removed after it was made.",
             next_step="Make it again.",
         )
-    return _publish(path, receipt, destination, files)
+    return _publish(path, receipt, destination, named_for(repo_id, path, receipt, files))
 
 
 def publish(folder: Path, receipt: Mapping[str, Any], destination: hub.Destination) -> hub.Publication:

@@ -32,6 +32,7 @@ from corda_convert.operations.lora_writing import operand_dtypes, planned_tensor
 from corda_convert.operations.options import Outcome, RunOptions
 from corda_convert.operations.production import Input, Production, produce
 from corda_convert.operations.server_rules import SERVERS, Server
+from corda_convert.output.licence import Licence, licence_of
 from corda_convert.output.model_card import Card
 from corda_convert.output.read_ahead import ReadAhead
 from corda_convert.output.side_files import json_file, override
@@ -356,12 +357,14 @@ def _warnings(source: LoraSource, base: str | None, run: RunOptions) -> tuple[st
 def _card(source: LoraSource, base: str | None) -> Card:
     named = Path(base).name if base and Path(base).is_absolute() else base
     quoted = json.dumps(named or "BASE_MODEL", ensure_ascii=False)
+    folder = Path(base) if base and Path(base).is_dir() else None
     return Card(
         what=source.what,
-        base_model=named or "",
+        base_model="" if folder is not None else named or "",
         relation="adapter",
         library_name="peft",
         tags=source.tags,
+        licence=Licence() if folder is None else licence_of(folder).seen_from(None),
         snippet=(
             "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
             f'base = AutoModelForCausalLM.from_pretrained({quoted})\nmodel = PeftModel.from_pretrained(base, "{{repo}}")'

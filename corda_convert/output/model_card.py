@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from corda_convert.output.card_tables import layer_table, module_table
+from corda_convert.output.licence import Licence
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
@@ -23,7 +26,7 @@ class Card:
         library_name: transformers or peft.
         tags: tags beside `corda-convert`.
         snippet: Python that loads the result, with `"{repo}"` where its name goes.
-        license: the license's identifier, where the source states one.
+        licence: of the base model, where its folder states one.
     """
 
     what: str
@@ -32,7 +35,7 @@ class Card:
     library_name: str
     tags: tuple[str, ...]
     snippet: str
-    license: str | None = None
+    licence: Licence = Licence()  # noqa: RUF009 - it has no state
 
 
 def is_hub_id(name: str) -> bool:
@@ -48,14 +51,16 @@ def render_card(card: Card, receipt: Mapping[str, Any], *, repo_id: str | None, 
         base_model=card.base_model if is_hub_id(card.base_model) else None,
         base_model_relation=card.relation if is_hub_id(card.base_model) else None,
         library_name=card.library_name,
-        license=card.license,
+        license=card.licence.license,
+        license_name=card.licence.name,
+        license_link=card.licence.link,
         tags=["corda-convert", *card.tags],
     )
     name = repo_id or folder_name
     snippet = card.snippet.replace('"{repo}"', json.dumps(name, ensure_ascii=False))
     tool = receipt["tool"]
     actions = ", ".join(f"{count} {action}" for action, count in receipt["summary"]["tensors"].items())
-    made = f"`corda-convert {receipt['command']}` {tool['version']} with torch {tool['torch']}"
+    made = f"`corda-convert {receipt['command']}` {tool['version']} with torch {tool['torch']}, Python {tool['python']}"
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}",
@@ -64,8 +69,19 @@ def render_card(card: Card, receipt: Mapping[str, Any], *, repo_id: str | None, 
         f"## How it was made\n\n{made}. Tensors: {actions}. "
         "`corda_convert.json` lists every tensor with what was done to it, and every file with its SHA-256.",
         _options_table(receipt["options"]),
+        *_layers(receipt.get("tensors", ())),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _layers(tensors: Sequence[Mapping[str, Any]]) -> list[str]:
+    by_module, by_layer = module_table(tensors), layer_table(tensors)
+    if not by_module:
+        return []
+    parts = ["## Layers", by_module]
+    if by_layer:
+        parts.append(f"<details><summary>Each layer</summary>\n\n{by_layer}\n\n</details>")
+    return parts
 
 
 def _options_table(options: Mapping[str, Any]) -> str:
