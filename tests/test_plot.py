@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from building import FIXTURES, MODEL
 from conftest import Ran, checked_refusal
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from corda_convert.operations import plot_covs as covs_operation
 from corda_convert.operations.plot_spectrum import SpectrumOptions, plot_spectrum
@@ -213,3 +216,127 @@ def test_spectra_that_cannot_be_drawn_are_refused(
 ) -> None:
     ran = command("plot", "spectrum", MODEL, *arguments, "-o", tmp_path / "s.png")
     assert message in checked_refusal(ran, tmp_path / "s.png")
+
+
+TEXT = FIXTURES / "data" / "knowledge.txt"
+
+
+def truncated_loss(method: str, discarded: int, lines: list[str]) -> float:
+    """Transformers' loss on the lines, with the weights truncated by float64 SVDs."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    collected = load_file(TASK)
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or name == "lm_head":
+            continue
+        parent, _, leaf = name.rpartition(".")
+        C = collected[
+            f"{parent}.{ {'k_proj': 'q_proj', 'v_proj': 'q_proj', 'up_proj': 'gate_proj'}.get(leaf, leaf) }"
+        ].double()
+        W = module.weight.data.double()
+        T = C + 0.01 * C.diagonal().mean() * torch.eye(len(C)) if method == "corda" else torch.eye(W.shape[1]).double()
+        U = torch.linalg.svd(W @ T, full_matrices=False).U[:, -discarded:]
+        module.weight.data.copy_(W - U @ (U.T @ W))
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for line in lines:
+            ids = tokenizer(line, return_tensors="pt")["input_ids"]
+            total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+    return total / count
+
+
+def test_a_sweep_measures_models_truncated_by_float64_svds_and_draws_them_again_from_its_output(
+    done: Callable[..., Ran], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    lines = TEXT.read_text(encoding="utf-8").splitlines()[:20]
+    text.write_text("\n".join(lines), encoding="utf-8")
+    ran = done(
+        *(
+            "plot",
+            "truncation",
+            MODEL,
+            "--cov",
+            TASK,
+            "--data",
+            text,
+            "--no-pack",
+            "--dtype",
+            "float32",
+            "--json",
+            "-q",
+        ),
+        *("--method", "svd", "--method", "corda", "--discard", 8, "--discard", 20, "-o", tmp_path / "t.svg"),
+    )
+    facts = json.loads(ran.out)
+    found = {(point["method"], point["discarded"]): point["loss"] for point in facts["points"]}
+    assert set(found) == {("svd", 8), ("svd", 20), ("corda", 8), ("corda", 20)}
+    for method, discarded in found:
+        assert found[method, discarded] == pytest.approx(truncated_loss(method, discarded, lines), rel=2e-5)
+    assert facts["whole"]["perplexity"] == pytest.approx(math.exp(facts["whole"]["loss"]))
+    (tmp_path / "results.json").write_text(ran.out, encoding="utf-8")
+    done("plot", "truncation", "--results", tmp_path / "results.json", "-o", tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "t.svg").read_bytes()
+    svg = (tmp_path / "t.svg").read_text(encoding="utf-8")
+    for label in ("svd", "corda", "nothing discarded", "text.txt", "perplexity", "smallest components discarded"):
+        assert label in svg
+
+
+def test_results_of_perplexity_on_truncated_models_are_drawn_too(done: Callable[..., Ran], tmp_path: Path) -> None:
+    def result(truncation: Any, value: float | None) -> Path:
+        facts = {"format": "corda_convert.perplexity", "format_version": 1, "text": "t", "truncation": truncation}
+        path = tmp_path / f"{value}.json"
+        path.write_text(json.dumps({**facts, "perplexity": value}), encoding="utf-8")
+        return path
+
+    files = [
+        result(None, 5.0),
+        result({"method": "svd", "discarded": 8}, 6.0),
+        result({"method": "svd", "discarded": 4}, None),
+    ]
+    arguments = [argument for file in files for argument in ("--results", file)]
+    ran = done("plot", "truncation", *arguments, "-o", tmp_path / "t.png")
+    assert ran.out == f"3 results: {tmp_path / 't.png'}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((MODEL, "--data", TEXT), "Method asvd, corda, svd-llm needs covariances"),
+        (
+            (MODEL, "--data", TEXT, "--method", "svd", "--discard", 48),
+            "--truncate 48 leaves nothing of model.layers.0.self",
+        ),
+        ((MODEL, "--method", "svd"), "Neither a file nor a preset is given as text"),
+        (("--results", FIXTURES / "model" / "config.json"), "holds no result of perplexity or plot truncation"),
+        (("--results", FIXTURES / "none.json"), "No such file"),
+    ],
+)
+def test_truncations_that_cannot_be_drawn_are_refused(
+    arguments: tuple[Any, ...], message: str, command: Callable[..., Ran], tmp_path: Path
+) -> None:
+    ran = command("plot", "truncation", *arguments, "-o", tmp_path / "t.png")
+    assert message in checked_refusal(ran, tmp_path / "t.png")
+
+
+def test_incomplete_results_and_both_ways_at_once_are_refused(command: Callable[..., Ran], tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    path.write_text('{"format": "corda_convert.truncation", "format_version": 1, "text": "t"}', encoding="utf-8")
+    ran = command("plot", "truncation", "--results", path, "-o", tmp_path / "t.png")
+    assert f"{path} is incomplete: KeyError" in checked_refusal(ran, tmp_path / "t.png")
+    path.write_text(
+        json.dumps(
+            {
+                "format": "corda_convert.perplexity",
+                "format_version": 1,
+                "text": "t",
+                "truncation": None,
+                "perplexity": 2,
+            }
+        ),
+        encoding="utf-8",
+    )
+    ran = command("plot", "truncation", "--results", path, "-o", tmp_path / "t.png")
+    assert "None of the results is of a truncated model" in checked_refusal(ran, tmp_path / "t.png")
+    assert command("plot", "truncation", MODEL, "--results", path, "-o", tmp_path / "t.png").status == 2

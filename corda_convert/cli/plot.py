@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from corda_convert.cli.corpus import corpus_from, text_options
 from corda_convert.cli.parameters import Damp
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -135,6 +137,99 @@ def spectrum(
         overwrite=overwrite,
     )
     _say(f"{len(found)} layers, {', '.join(methods)}", outputs, quiet=quiet)
+
+
+@plot.command()
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.option("--cov", "covariances", type=click.Path(path_type=Path), help="Covariances, as for decompose.")
+@text_options
+@click.option("--no-pack", is_flag=True, help="As for perplexity.")
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    default=("svd", "asvd", "corda", "svd-llm"),
+    show_default=True,
+    type=_METHODS,
+    help="Repeatable.",
+)
+@click.option(
+    "--discard",
+    "discarded",
+    multiple=True,
+    type=click.IntRange(min=1),
+    metavar="R",
+    help="Discard the R smallest components of each layer; repeatable. [default: 16, 32, … 1024, as far as layers have more]",
+)
+@click.option("--window", type=click.IntRange(min=2), help="As for perplexity.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="As for perplexity.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="As for perplexity.")
+@click.option(
+    "--results",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Draw what --json printed, here or of perplexity, instead of measuring; repeatable, a panel for each text.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what was measured as one JSON object on stdout.")
+@method_options
+@picture_options
+def truncation(
+    model: Path | None,
+    covariances: Path | None,
+    results: tuple[Path, ...],
+    outputs: tuple[Path, ...],
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Perplexity against discarded components, as in the CorDA paper's Figure 2.
+
+    Measures MODEL as it is, and once for each method and number of components; no model is written. Or draws results.
+
+    \b
+    Example:
+      corda-convert plot truncation fixtures/model --cov fixtures/covariances/knowledge.safetensors \\
+        --data fixtures/data/knowledge.txt --no-pack --discard 8 --discard 16 -o truncation.png
+    """
+    from corda_convert.operations.plot_truncation import plot_truncation, read_results
+    from corda_convert.plotting.pictures import check_outputs
+
+    if (model is None) == (not results):
+        raise click.UsageError("Give a MODEL to measure, or --results.")
+    check_outputs(outputs, overwrite=overwrite)
+    found: list[Any] = list(read_results(results))
+    if model is not None:
+        found = [_swept(model, covariances, options, progress=not quiet)]
+    plot_truncation(found, outputs=outputs)
+    if as_json:
+        click.echo(json.dumps(found if len(found) > 1 else found[0], indent=1, ensure_ascii=False))
+    else:
+        _say(f"{len(found)} results", outputs, quiet=quiet)
+
+
+def _swept(model: Path, covariances: Path | None, options: dict[str, Any], *, progress: bool) -> Any:
+    """What a sweep measures; warnings are printed."""
+    from corda_convert.operations.perplexity import PerplexityOptions
+    from corda_convert.operations.truncation import TruncationOptions, truncation_sweep
+
+    swept = truncation_sweep(
+        model,
+        corpus_from({**options, "pack": False if options["no_pack"] else None}),
+        covariances=covariances,
+        options=TruncationOptions(options["methods"], options["discarded"], options["damp"], options["asvd_alpha"]),
+        measuring=PerplexityOptions(
+            window=options["window"],
+            max_tokens=options["max_tokens"],
+            device=options["device"],
+            dtype=options["dtype"],
+            progress=progress,
+        ),
+    )
+    for warning in swept.warnings:
+        click.echo(f"Note: {warning}", err=True)
+    return swept.facts
 
 
 def _say(what: str, outputs: tuple[Path, ...], *, quiet: bool) -> None:

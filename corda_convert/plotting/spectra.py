@@ -53,7 +53,7 @@ def spectra_figure(spectra: Sequence[Spectrum], cut: Cut | None) -> Figure:
             if number + columns >= len(spectra):
                 ax.set_xlabel("component, from the largest")
         handles, labels = places[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 2 * columns))
         return figure
 
 

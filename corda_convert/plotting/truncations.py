@@ -57,5 +57,7 @@ def truncation_figure(panels: Sequence[TruncationCurves]) -> Figure:
         handles = {
             label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
         }
-        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(len(handles), 5))
+        figure.legend(
+            list(handles.values()), list(handles), loc="outside lower center", ncols=min(len(handles), 3 * len(panels))
+        )
         return figure
