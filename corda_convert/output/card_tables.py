@@ -23,7 +23,8 @@ def module_table(tensors: Iterable[Entry]) -> str:
     if not kinds:
         return ""
     rows = [
-        [f"`{name}`", str(len(entries)), *(cell(entries) for _, cell in columns)] for name, entries in kinds.items()
+        [f"`{kind}`", str(len({_module(entry) for entry in entries})), *(cell(entries) for _, cell in columns)]
+        for kind, entries in kinds.items()
     ]
     return _table(["modules", "number", *(title for title, _ in columns)], rows)
 
