@@ -28,6 +28,7 @@ from corda_convert.linalg.weighting import (
     CovarianceWeighting,
     DiagonalWeighting,
     NoWeighting,
+    RootWeighting,
     Weighting,
     root_weighting,
 )
@@ -317,6 +318,33 @@ def test_panels_multiply_and_factor_as_whole_matrices_do(n: int) -> None:
         assert torch.allclose(factor.lower() @ factor.lower().T, G, rtol=1e-11, atol=1e-9)
         assert torch.allclose(G @ factor.solve(X), X, atol=1e-7)
         assert Cholesky.of(team, G - 2 * G.diagonal().max() * torch.eye(n, dtype=G.dtype)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_every_weighting_gives_the_products_of_its_matrix(dtype: torch.dtype) -> None:
+    d_out, d_in = 300, 530
+    generator = torch.Generator().manual_seed(4)
+    W, X = torch.randn(d_out, d_in, generator=generator).to(dtype), torch.randn(d_in, 7, generator=generator).double()
+    C = context(d_in).to(dtype)
+    scale, L = torch.rand(d_in, generator=generator).double(), C.double().tril()
+    identity = torch.eye(d_in, dtype=torch.float64)
+    weightings: list[tuple[Weighting, Tensor]] = [
+        (NoWeighting(), identity),
+        (DiagonalWeighting(scale), scale.diag()),
+        (CovarianceWeighting(C, 0.25), C.double() + 0.25 * identity),
+        (RootWeighting(L), L),
+    ]
+    with Team(CPU) as team:
+        for weighting, T in weightings:
+            for found, expected in (
+                (weighting.times(team, X), T @ X),
+                (weighting.transposed_times(team, X), T.T @ X),
+                (weighting.product(team, W), W.double() @ T),
+                (weighting.product(team, W.T.contiguous().T), W.double() @ T),
+            ):
+                assert found.dtype == torch.float64
+                assert torch.allclose(found, expected, rtol=1e-12, atol=1e-10)
+    assert torch.equal(C, context(d_in).to(dtype))  # damping is not left in it
 
 
 @pytest.mark.parametrize("shape", SHAPES)

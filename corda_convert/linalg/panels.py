@@ -6,6 +6,7 @@ panel. Panels do not depend on the number of threads, so neither do the bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import isfinite
 
 import torch
@@ -21,17 +22,42 @@ TILE = 512
 """Side of a tile of a triangular factor, and of a small symmetric product."""
 
 LARGE_TILE = 1024
-"""Side of a tile of a large product, in which packing the operands counts less."""
+"""Columns of a panel of a large product, in which packing the operands counts less."""
 
 LARGE_SIDE = 4096
 
 
-def times(team: Team, A: Tensor, X: Tensor) -> Tensor:
-    """`A X` in float64: A (m, n) of any floating dtype, X (n, k) float64."""
+def times(team: Team, A: Tensor, X: Tensor, *, damping: float = 0.0) -> Tensor:
+    """`(A + damping · I) X` in float64: A (m, n) of any floating dtype, X (n, k) float64."""
     Y = torch.empty(A.shape[0], X.shape[1], dtype=X.dtype, device=X.device)
-    step = LARGE_TILE if min(A.shape[0], X.shape[1]) >= LARGE_SIDE else PANEL
-    team.each(lambda rows: _product(converted(A[rows], X), X, Y[rows]), A.shape[0], step)
+    team.each(lambda rows: _product(damped(A, rows, damping), X, Y[rows]), A.shape[0], PANEL)
     return Y
+
+
+def damped(A: Tensor, rows: slice, damping: float) -> Tensor:
+    """These rows of `A + damping · I`, (k, n) float64, in a buffer that the thread uses again where they are not A's own."""
+    if damping == 0.0 and A.dtype == torch.float64:
+        return A[rows]
+    shape = (rows.stop - rows.start, A.shape[1])
+    panel = scratch("panel", shape, torch.empty(0, dtype=torch.float64, device=A.device)).copy_(A[rows])
+    panel.diagonal(offset=rows.start).add_(damping)
+    return panel
+
+
+def in_float64(team: Team, A: Tensor) -> Tensor:
+    """A copy in float64 with contiguous rows."""
+    copy = torch.empty(A.shape, dtype=torch.float64, device=A.device)
+    team.each(lambda rows: copy[rows].copy_(A[rows]), A.shape[0], PANEL)
+    return copy
+
+
+def right_product(team: Team, A: Tensor, columns_of: Callable[[slice], Tensor]) -> Tensor:
+    """`A T` (m, n) in float64: A (m, n) of any floating dtype, T (n, n) by its columns, float64."""
+    A = in_float64(team, A)
+    product = torch.empty_like(A)
+    step = LARGE_TILE if min(A.shape) >= LARGE_SIDE else PANEL
+    team.each(lambda columns: _product(A, columns_of(columns), product[:, columns]), A.shape[1], step)
+    return product
 
 
 def transposed_times(team: Team, A: Tensor, X: Tensor) -> Tensor:
@@ -115,7 +141,6 @@ def gram(team: Team, A: Tensor) -> Tensor:
     G = torch.empty(n, n, dtype=A.dtype, device=A.device)
     if not team.is_cpu:
         return torch.mm(A.T, A, out=G)
-    side = LARGE_TILE if n >= LARGE_SIDE else TILE
 
     def tile(place: tuple[slice, slice]) -> None:
         i, j = place
@@ -123,7 +148,7 @@ def gram(team: Team, A: Tensor) -> Tensor:
         if i != j:
             G[j, i] = G[i, j].T
 
-    team.all(tile, lower_tiles(n, side))
+    team.all(tile, lower_tiles(n, TILE))
     return G
 
 

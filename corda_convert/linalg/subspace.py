@@ -55,7 +55,7 @@ MOST_PER_RANK = 6
 LEAST_BASIS = 512
 """At the top a basis may have so many vectors beyond that, whatever the block."""
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-3
 """Bound on the angle at which an iteration ends."""
 
 ACCEPTED_ANGLE = 1e-2
@@ -77,6 +77,9 @@ WELL_CONDITIONED = 1e-5
 
 SHIFTS = (0.95, 0.8, 0.5)
 """Shares of the estimate of the smallest eigenvalue, which is never too small, that are tried as shifts."""
+
+ESTIMATE_BLOCK, ESTIMATE_STEPS = 8, 6
+"""For that estimate, some percent above."""
 
 PROBES = 16
 """Random vectors for an estimate of what was not seen."""
@@ -128,8 +131,8 @@ class WeightedMatrix:
         return self.forward(team, self.adjoint(team, U))
 
     def transposed(self, team: Team) -> Tensor:
-        """`Mᵀ` itself, (d_in, d_out) float64."""
-        Mt = self.T.transposed_times(team, self.W.double().T)
+        """`Mᵀ` itself, (d_in, d_out) float64, column by column in memory."""
+        Mt = self.T.product(team, self.W).T
         return Mt if self.outliers is None else Mt.addmm_(Mt @ self.outliers, self.outliers.T, alpha=-1)
 
 
@@ -219,7 +222,8 @@ def left_subspace(team: Team, M: WeightedMatrix, *, rank: int, end: End, solver:
     d_out, d_in = M.W.shape
     if end == "bottom" and d_out > d_in:
         return _reduced(team, M, rank, solver)
-    M = M.by_rows(team)
+    if end == "top":
+        M = M.by_rows(team)  # which the bottom needs too seldom
     tried: list[Subspace] = []
     for candidates in _tries(team, M, rank, end, solver):
         tried.append(_finish(team, M, candidates, rank, end))
@@ -410,29 +414,27 @@ def _largest_eigenvalue(team: Team, G: Tensor) -> float:
 
 def _shift_inverted(team: Team, G: Tensor, factor: Cholesky, rank: int, energy: float, largest: float) -> _Candidates:
     """Lanczos with `(G − μI)⁻¹`, μ just below the smallest eigenvalue of G; with `G⁻¹`, if G has none above rounding."""
-    block = _inverse_block(rank)
-    start = random_block(G.shape[0], block, G)
-    rough = block_lanczos(team, factor.solve, start, wanted=1, most=min(G.shape[0], 6 * block), tolerance=1e-3)
+    start = random_block(G.shape[0], ESTIMATE_BLOCK, G)
+    most = min(G.shape[0], ESTIMATE_STEPS * ESTIMATE_BLOCK)
+    rough = block_lanczos(team, factor.solve, start, wanted=1, most=most, tolerance=TOLERANCE)
     smallest = 1.0 / float(rough.values[0])
-    start = rough.vectors(block)
     for share in (*SHIFTS, 0.0):
         shifted = factor.reuse().copy_(G)
         shifted.diagonal().sub_(share * smallest)
         if (closer := Cholesky.of(team, shifted)) is not None:
             factor = closer
             break
-    V, steps, _ = _inverted(team, factor, rank, start)
+    V, steps, _ = _inverted(team, factor, rank)
     return _Candidates(V, "shift-invert-lanczos", energy, largest=largest, steps=rough.steps + steps)
 
 
-def _inverted(team: Team, factor: Cholesky, rank: int, start: Tensor | None = None) -> tuple[Tensor, int, float]:
+def _inverted(team: Team, factor: Cholesky, rank: int) -> tuple[Tensor, int, float]:
     """Candidates for the bottom, orthonormal, the number of steps that they took, and the bound on their angle.
 
     One more solve at the end: it takes out what little the vectors hold of the largest ones, which M would amplify.
     """
     block = _inverse_block(rank)
-    if start is None:
-        start = random_block(factor.side, block, factor.like)
+    start = random_block(factor.side, block, factor.like)
     most = min(factor.side, MOST_PER_RANK * rank + 16 * block)
     found = block_lanczos(team, factor.solve, start, wanted=rank, most=most, tolerance=TOLERANCE)
     V, _ = orthonormal(team, factor.solve(found.vectors(_candidates(rank, len(found.values)))))

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from corda_convert.linalg.panels import Cholesky, times, transposed_times
+from corda_convert.linalg.panels import Cholesky, damped, in_float64, right_product, times, transposed_times
 from corda_convert.linalg.threads import Team
 
 
@@ -23,6 +23,10 @@ class Weighting(Protocol):
         """`Tᵀ X`, X (d_in, k)."""
         ...
 
+    def product(self, team: Team, W: Tensor) -> Tensor:
+        """`W T` (m, d_in) itself, float64: W (m, d_in) of any floating dtype."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class NoWeighting:
@@ -33,6 +37,9 @@ class NoWeighting:
 
     def transposed_times(self, team: Team, X: Tensor) -> Tensor:
         return X.clone()
+
+    def product(self, team: Team, W: Tensor) -> Tensor:
+        return in_float64(team, W)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,9 @@ class DiagonalWeighting:
     def transposed_times(self, team: Team, X: Tensor) -> Tensor:
         return self.times(team, X)
 
+    def product(self, team: Team, W: Tensor) -> Tensor:
+        return in_float64(team, W).mul_(self.scale)
+
 
 @dataclass(frozen=True, slots=True)
 class CovarianceWeighting:
@@ -56,10 +66,13 @@ class CovarianceWeighting:
     damping: float
 
     def times(self, team: Team, X: Tensor) -> Tensor:
-        return times(team, self.covariance, X).add_(X, alpha=self.damping)
+        return times(team, self.covariance, X, damping=self.damping)
 
     def transposed_times(self, team: Team, X: Tensor) -> Tensor:
         return self.times(team, X)
+
+    def product(self, team: Team, W: Tensor) -> Tensor:
+        return right_product(team, W, lambda columns: damped(self.covariance, columns, self.damping).T)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +86,9 @@ class RootWeighting:
 
     def transposed_times(self, team: Team, X: Tensor) -> Tensor:
         return transposed_times(team, self.L, X)
+
+    def product(self, team: Team, W: Tensor) -> Tensor:
+        return right_product(team, W, lambda columns: self.L[:, columns])
 
 
 MAX_DOUBLINGS = 40
