@@ -12,7 +12,7 @@ import pytest
 
 from corda_convert.checkpoint.byte_file import PAGE_BYTES
 from corda_convert.output import direct
-from corda_convert.output.direct import LEAST_BYTES, TRIAL_BYTES, DirectWriting, whole_pages
+from corda_convert.output.direct import FIRST_TRIAL_BYTES, LEAST_BYTES, TRIAL_BYTES, DirectWriting, whole_pages
 from corda_convert.output.shard_writer import ShardWriter
 
 SIZE = 5 << 20
@@ -91,26 +91,38 @@ def test_where_there_are_no_direct_writes_there_are_ordinary_ones(
     assert (tmp_path / "x").read_bytes() == content
 
 
-@pytest.mark.parametrize(("rate", "stays"), [(100e6, False), (2e9, True)])
+@pytest.mark.parametrize(
+    ("rates", "written"),
+    [
+        ([100e6], FIRST_TRIAL_BYTES),
+        ([300e6], TRIAL_BYTES),
+        ([2e9], None),
+        ([300e6] * 4 + [2e9], None),
+        ([2e9] * 4 + [350e6], TRIAL_BYTES),
+    ],
+    ids=["very slow", "slow", "fast", "slow at first", "slow in the end"],
+)
 def test_a_slow_disk_is_left_to_the_page_cache(
-    rate: float, stays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rates: list[float], written: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The rates of the first pieces; the last one goes on."""
+    piece = memoryview(bytearray(FIRST_TRIAL_BYTES // 4))
     clock = [0.0]
 
+    passed = [0]
+
     def pwrite(_target: int, view: memoryview, _offset: int) -> int:
-        clock[0] += len(view) / rate
+        clock[0] += len(view) / rates[min(passed[0] // len(piece), len(rates) - 1)]
+        passed[0] += len(view)
         return len(view)
 
     monkeypatch.setattr(direct.os, "pwrite", pwrite)
     monkeypatch.setattr(direct.time, "perf_counter", lambda: clock[0])
     direct_writing = DirectWriting()
     direct_writing.is_on = True
-    piece = memoryview(bytearray(TRIAL_BYTES // 4))
-    for _ in range(3):
+    while direct_writing.is_on and passed[0] < 2 * TRIAL_BYTES:
         assert direct_writing.write(0, piece, 0) == len(piece)
-        assert direct_writing.is_on
-    direct_writing.write(0, piece, 0)
-    assert direct_writing.is_on == stays
+    assert (None if direct_writing.is_on else passed[0]) == written
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,12 @@ from corda_convert.checkpoint.byte_file import PAGE_BYTES
 LEAST_BYTES = 1 << 18
 """Shorter pieces go through the page cache."""
 
-TRIAL_BYTES = 64 << 20
+TRIAL_BYTES = 512 << 20
 LEAST_RATE = 500e6
 """A disk that writes fewer bytes a second, after the trial, is left to the page cache, which hides its slowness for a while."""
+
+FIRST_TRIAL_BYTES = 64 << 20
+"""One that writes fewer than half as many is left to it earlier. At the beginning many disks read a cold input, too."""
 
 
 class DirectWriting:
@@ -48,7 +51,9 @@ class DirectWriting:
             return 0
         self._nbytes += count
         self._seconds += time.perf_counter() - begun
-        if self._nbytes >= TRIAL_BYTES and self._nbytes < LEAST_RATE * self._seconds:
+        is_slow = self._nbytes < LEAST_RATE * self._seconds
+        is_very_slow = 2 * self._nbytes < LEAST_RATE * self._seconds
+        if (is_slow and self._nbytes >= TRIAL_BYTES) or (is_very_slow and self._nbytes >= FIRST_TRIAL_BYTES):
             self.is_on = False
         return count // PAGE_BYTES * PAGE_BYTES
 
