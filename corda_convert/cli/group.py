@@ -12,6 +12,7 @@ from corda_convert.cli.perplexity import perplexity
 from corda_convert.cli.plot import plot
 from corda_convert.cli.push import push
 from corda_convert.cli.to_lora import to_lora
+from corda_convert.cli.verify import verify
 from corda_convert.version import __version__
 
 
@@ -25,5 +26,5 @@ def cli() -> None:
     """
 
 
-for _command in (collect, decompose, merge, to_lora, inspect, push, perplexity, plot):
+for _command in (collect, decompose, merge, to_lora, inspect, push, perplexity, plot, verify):
     cli.add_command(_command)

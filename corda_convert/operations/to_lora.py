@@ -293,9 +293,10 @@ def _name_of_base(base: str) -> str:
 
 
 def _options(source: LoraSource, options: ToLoraOptions, run: RunOptions) -> dict[str, Any]:
+    base = options.base
     return {
         **source.options,
-        "base": options.base,
+        "base": Path(base).name if base and Path(base).is_absolute() else base,  # a receipt holds no absolute path
         "rank": options.rank,
         "energy": options.energy,
         "weight_by": None if options.weight_by is None else Path(options.weight_by).name,
