@@ -274,6 +274,8 @@ def test_the_root_of_a_singular_covariance_is_shifted_by_less_than_float32_can_t
     assert torch.allclose(root.L @ root.L.T, C.double(), atol=2 * shift)
     with Team(CPU) as team, pytest.raises(torch.linalg.LinAlgError):
         root_weighting(team, torch.full((4, 4), float("nan")))
+    with Team(CPU) as team, pytest.raises(torch.linalg.LinAlgError):
+        root_weighting(team, C - torch.eye(64) * C.diagonal().max())
 
 
 def test_the_same_bits_come_from_any_number_of_threads() -> None:

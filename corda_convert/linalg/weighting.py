@@ -91,17 +91,19 @@ class RootWeighting:
         return right_product(team, W, lambda columns: self.L[:, columns])
 
 
-MAX_DOUBLINGS = 40
+MOST_SHIFT = 0.1
+"""Of the largest diagonal entry: more than bfloat16's rounding can make a covariance indefinite by."""
 
 
 def root_weighting(team: Team, covariance: Tensor) -> tuple[RootWeighting, float]:
     """SVD-LLM's weighting, and what had to be added to the diagonal for it: 0 but for a singular covariance.
 
-    The first trial is the float32 resolution of the largest diagonal entry, below what a stored covariance can tell.
+    The first trial is the float32 resolution of the largest diagonal entry, below what a stored covariance can tell. Raises
+    `torch.linalg.LinAlgError` where a `MOST_SHIFT` of it does not suffice: then it is none.
     """
     largest = float(covariance.diagonal().double().max())
     shift = 0.0
-    for _ in range(MAX_DOUBLINGS):
+    while largest > 0.0 and shift <= MOST_SHIFT * largest:
         G = covariance.to(torch.float64, copy=True)
         G.diagonal().add_(shift)
         factor = Cholesky.of(team, G)

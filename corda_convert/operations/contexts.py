@@ -57,6 +57,8 @@ class ContextMethod:
 
     def weigh(self, team: Team, context: Tensor, ref: TensorRef, module_name: str) -> Weighed:
         """T of a context on the device, which it may keep. Raises `NotFinite` or `CovarianceMismatch`."""
+        import torch
+
         from corda_convert.linalg import weighting as algebra
         from corda_convert.linalg.covariance import is_symmetric
         from corda_convert.linalg.panels import is_finite
@@ -82,7 +84,14 @@ class ContextMethod:
             )
         facts: Facts = {"covariance": self._covariance_facts(team, context)}
         if self.method == "svd-llm":
-            root, amount = algebra.root_weighting(team, context)
+            try:
+                root, amount = algebra.root_weighting(team, context)
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                raise CovarianceMismatch(
+                    f"The covariance of {module_name} is none: it has eigenvalues far below zero.",
+                    why="The file is damaged, or holds something else.",
+                    next_step="Collect covariances again.",
+                ) from None
             return Weighed(root, {**facts, "damping": {"factor": amount / mean, "amount": amount}})
         damping = self._damping(context, module_name)
         facts["damping"] = {"factor": damping.factor, "amount": damping.amount}

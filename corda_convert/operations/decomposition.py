@@ -131,7 +131,7 @@ class _DecomposeSession:
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             raise NotFinite(
                 f"The singular vectors of {self.transform.module_name} cannot be computed in float64.",
-                why="The values of its weight or its covariance are far too large.",
+                why="The values of its weight or its covariance are far too large, or far too small.",
             ) from None
         self.result["seconds"] = time.perf_counter() - begun
 

@@ -265,7 +265,7 @@ class _in_float64:  # noqa: N801 - used as a with statement only
         if isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
             raise NotFinite(
                 f"The singular values of {self._module.key} cannot be computed in float64.",
-                why="Its values are far too large, or its covariance is none: not positive semidefinite.",
+                why="Its values are far too large or too small, or its covariance is none: not positive semidefinite.",
             ) from None
 
 
