@@ -16,9 +16,11 @@ from building import (
     COVARIANCES,
     HIDDEN,
     LINEARS,
+    LLAMA_CONFIG,
     MODEL,
     RESIDUAL,
     UP,
+    llama_tensors,
     lora_config,
     lora_tensors,
     random,
@@ -227,6 +229,112 @@ def test_an_initial_adapter_of_another_base_is_refused_with_its_share(
     message = refusal("to-lora", trained, "--init", initial, "--base", other)
     assert message.startswith("other is not the model that first_init was taken from: the initial factors make up ")
     to_lora(trained, init=initial, output=tmp_path / "out", options=ToLoraOptions(base=str(other), as_is=True))
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_a_trained_adapter_given_as_the_initial_one_is_refused(
+    refusal: Refusal, base: Path, tmp_path: Path, method: str
+) -> None:
+    initial, trained, _ = trained_by_peft(base, tmp_path, init_lora_weights=method, r=4, target_modules=["q_proj"])
+    message = refusal("to-lora", initial, "--init", trained)
+    assert message.startswith(
+        "first_init and trained are the wrong way round: the columns of lora_B are orthogonal in "
+    )
+    assert message.endswith("Give first_init with --init, and trained as the adapter.")
+    to_lora(initial, init=trained, output=tmp_path / "out", options=ToLoraOptions(as_is=True))
+
+
+def test_an_untrained_adapter_is_told_to_be_one(base: Path, tmp_path: Path) -> None:
+    initial, trained, _ = trained_by_peft(base, tmp_path, init_lora_weights="olora", r=4, target_modules=["q_proj"])
+    shutil.copytree(initial, tmp_path / "copy of it")
+    options = ToLoraOptions(base=str(base))
+    outcome = to_lora(tmp_path / "copy of it", init=initial, output=tmp_path / "none", options=options)
+    assert outcome.warnings == (
+        "copy of it holds the numbers of first_init, so what was learned is zero. If it was trained, one of the two is the "
+        "wrong one.",
+    )
+    assert to_lora(trained, init=initial, output=tmp_path / "out", options=options).warnings == ()
+
+
+def test_a_residual_is_no_base_to_convert_for(refusal: Refusal) -> None:
+    message = refusal("to-lora", ADAPTERS / "corda", "--base", RESIDUAL, "--rank", 2)
+    assert message.startswith(
+        "residual is a residual (it has its initial adapter with it); a LoRA is converted for the base"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("start", ["init", "residual", "no base"])
+def test_a_head_whose_residual_the_adapter_brings_along_is_the_trained_one(
+    base: Path, tmp_path: Path, start: str
+) -> None:
+    """PEFT saves the weight of a head with factors, which beside a residual is the residual's."""
+    config = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "lm_head"]}
+    initial, trained, _ = trained_by_peft(base, tmp_path, init_lora_weights="pissa", **config)
+    brought = "base_model.model.lm_head.base_layer.weight"
+    assert brought in load_file(trained / "adapter_model.safetensors")
+    (tmp_path / "copy" / "first_init").rename(tmp_path / "start")
+    initials = {"init": initial, "residual": None, "no base": initial}[start]
+    options = ToLoraOptions(
+        base="someone/base" if start == "no base" else str(base),
+        residual=tmp_path / "residual" if start == "residual" else None,
+    )
+    outcome = to_lora(trained, init=initials, output=tmp_path / "out", options=options)
+    expected = logits(adapted(tmp_path / "residual", trained))
+    assert float((logits(adapted(base, tmp_path / "out")) - expected).abs().max()) <= 1e-4
+    is_brought = brought in load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert (
+        is_brought == (start == "no base") == any("brings along the weight of lm_head" in w for w in outcome.warnings)
+    )
+    if start == "init":
+        merge(base, adapter=trained, output=tmp_path / "merged", options=MergeOptions(init=initial))
+        assert float((logits(load(tmp_path / "merged")) - expected).abs().max()) <= 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("start", ["init", "residual"])
+def test_a_head_that_was_trained_as_a_whole_too_stays_brought_along(base: Path, tmp_path: Path, start: str) -> None:
+    config = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "lm_head"]}
+    initial, trained, _ = trained_by_peft(base, tmp_path, init_lora_weights="pissa", **config)
+    (tmp_path / "copy" / "first_init").rename(tmp_path / "start")
+    tensors = load_file(trained / "adapter_model.safetensors")
+    tensors["base_model.model.lm_head.base_layer.weight"] += 0.1 * random(32, HIDDEN)
+    write_adapter(trained, tensors, read_json(trained / "adapter_config.json"))
+    given = {"residual": tmp_path / "residual"} if start == "residual" else {}
+    to_lora(
+        trained,
+        init=initial if start == "init" else None,
+        output=tmp_path / "out",
+        options=ToLoraOptions(base=str(base), **given),
+    )
+    expected = logits(adapted(tmp_path / "residual", trained))
+    assert float((logits(adapted(base, tmp_path / "out")) - expected).abs().max()) <= 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_a_head_that_is_the_bases_is_left_out_for_servers(base: Path, tmp_path: Path) -> None:
+    config = {"r": 3, "target_modules": ["q_proj", "lm_head"], "init_lora_weights": "gaussian"}
+    _, trained, _ = trained_by_peft(base, tmp_path, **config)
+    to_lora(trained, output=tmp_path / "out", options=ToLoraOptions(base=str(base), server="vllm"))
+    exact, actual = deltas(base, trained), deltas(base, tmp_path / "out")
+    assert max(error(actual[name], exact[name]) for name in exact) <= 1e-6
+    assert not [name for name in load_file(tmp_path / "out" / "adapter_model.safetensors") if "lora_" not in name]
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_a_head_that_is_tied_is_warned_of(tmp_path: Path) -> None:
+    """PEFT takes PiSSA's factors out of the shared tensor, so that the embedding lacks them, too."""
+    tied = {name: tensor for name, tensor in llama_tensors().items() if name != "lm_head.weight"}
+    base = write_checkpoint(tmp_path / "tied", tied, config=LLAMA_CONFIG | {"tie_word_embeddings": True})
+    warned = []
+    for targets in (["lm_head", "q_proj"], ["q_proj"]):
+        folder = tmp_path / targets[0]
+        initial, trained, _ = trained_by_peft(base, folder, init_lora_weights="pissa", r=2, target_modules=targets)
+        outcome = to_lora(trained, init=initial, output=folder / "out", options=ToLoraOptions(base=str(base)))
+        missed = logits(adapted(base, folder / "out")) - logits(adapted(folder / "residual", trained))
+        warned.append((float(missed.abs().max()) > 0.1, bool(outcome.warnings)))
+    assert warned == [(True, True), (False, False)]
 
 
 def test_as_is_takes_an_initial_adapter_of_another_training(refusal: Refusal, tmp_path: Path) -> None:

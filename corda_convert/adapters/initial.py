@@ -33,8 +33,9 @@ def read_initial(path: Path, adapter: Adapter) -> Adapter:
 def with_initial(adapter: Adapter, initial: Adapter, *, takes_parameters: bool = False) -> Adapter:
     """The adapter with the initial factors of each module, for `s·(BA − B₀A₀)`.
 
-    Raises `AdapterMismatch` unless both have the same modules, shapes and scaling; `UnsupportedInput` for factors of
-    parameters, unless they are taken.
+    A module whose weight the adapter brings along goes without: its factors were trained beside that weight. Raises
+    `AdapterMismatch` unless both have the same modules, shapes and scaling; `UnsupportedInput` for factors of parameters,
+    unless they are taken.
     """
     for one in (adapter, initial):
         if one.kind != "lora":
@@ -60,7 +61,8 @@ def with_initial(adapter: Adapter, initial: Adapter, *, takes_parameters: bool =
         )
     problems = [problem for name in after if (problem := _problem(after[name], before[name])) is not None]
     raise_problems(problems)
-    return replace(adapter, initialization="plain", modules=tuple(_joined(each, before) for each in adapter.modules))
+    joined = (each if each.module_name in adapter.bases else _joined(each, before) for each in adapter.modules)
+    return replace(adapter, initialization="plain", modules=tuple(joined))
 
 
 def _factors(adapter: Adapter) -> list[_Factors]:

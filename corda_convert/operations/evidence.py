@@ -34,6 +34,10 @@ of PEFT's methods but LoRA-GA; 0.5 for the fixture's CorDA adapter after its tra
 SAMPLED_ROWS = 64
 """Rows of lora_A that are compared of a stack of experts."""
 
+STRAIGHT_COLUMNS = 0.01
+"""A mean cosine below this between columns of lora_B tells that they are orthogonal, as far as 16 bits hold them: of the
+fixture's initial CorDA adapter it is 2e-7, of the trained one 0.12."""
+
 KEPT_DIRECTION = 0.4
 """A median cosine below this between the rows of lora_A and of its initial adapter tells that they are of two trainings."""
 
@@ -81,6 +85,36 @@ def check_same_training(adapter: Adapter, initial: Adapter) -> None:
             why="The initial adapter is of another training run.",
             next_step="Give the corda_init folder that this training started from.",
         )
+    _check_not_swapped(adapter, initial)
+
+
+def _check_not_swapped(adapter: Adapter, initial: Adapter) -> None:
+    """Refuses a trained adapter in the place of the one that it began with: the result would be the opposite of the training.
+
+    Whatever takes initial factors out of a weight gives B₀ orthogonal columns, and training turns them against each other.
+    Raises `AdapterMismatch`.
+    """
+    turned, before = _mean_cosine_of_columns(adapter), _mean_cosine_of_columns(initial)
+    if turned is not None and before is not None and turned < STRAIGHT_COLUMNS and before > 10 * turned + 1e-4:
+        raise AdapterMismatch(
+            f"{adapter.source.name} and {initial.source.name} are the wrong way round: the columns of lora_B are orthogonal in "
+            f"{adapter.source.name}, as before a training, and not in {initial.source.name} (mean cosines {turned:.1e} and "
+            f"{before:.1e}).",
+            why="The trained adapter was given as the initial one.",
+            next_step=f"Give {adapter.source.name} with --init, and {initial.source.name} as the adapter.",
+        )
+
+
+def _mean_cosine_of_columns(adapter: Adapter) -> float | None:
+    """The root of the mean square cosine between columns of lora_B, in the middle of a few modules; None of one column."""
+    import torch
+
+    found = []
+    for factors in sample([each for each in lora_factors(adapter.modules) if each.rank > 1]):
+        columns = torch.nn.functional.normalize(read_tensor(factors.lora_B).double(), dim=0)
+        cosines = (columns.T @ columns).fill_diagonal_(0)
+        found.append(float(torch.linalg.matrix_norm(cosines)) / (factors.rank * (factors.rank - 1)) ** 0.5)
+    return median(found) if found else None
 
 
 def _directions_of_stacks(adapter: Adapter, initial: Adapter) -> dict[str, list[float]]:
@@ -199,16 +233,19 @@ def check_plain(adapter: Adapter, weights: Matrices, model: Checkpoint, *, is_ad
     Raises `AdapterMismatch` with what gave it away: the residual's initial adapter, the adapter's config, the place that
     its base name points to, or its numbers.
     """
-    loras = lora_factors(adapter.modules)
     initial = initial_adapter_of(model.root)
     if initial is not None:
-        return _check_on_residual(adapter, model, initial)
-    shares = repeated_shares(adapter, weights) if is_added and loras else []
-    if shares and median(shares) > REPEATED_SHARE:
-        raise _needs_initial(adapter, model, f"its B·A repeats {median(shares):.0%} of {model.name}'s own weight there")
-    if (reason := residual_reason(adapter)) is not None:
+        _check_on_residual(adapter, model, initial)
+    elif (reason := repeated_reason(adapter, weights, model, is_added=is_added)) is not None:
         raise _needs_initial(adapter, model, reason)
-    return None
+
+
+def repeated_reason(adapter: Adapter, weights: Matrices, model: Checkpoint, *, is_added: bool = True) -> str | None:
+    """What tells that an adapter does not belong on a model as it is, in words: the numbers, or `residual_reason`."""
+    shares = repeated_shares(adapter, weights) if is_added else []
+    if shares and median(shares) > REPEATED_SHARE:
+        return f"its B·A repeats {median(shares):.0%} of {model.name}'s own weight there"
+    return residual_reason(adapter)
 
 
 def residual_reason(adapter: Adapter) -> str | None:

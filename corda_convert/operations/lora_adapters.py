@@ -26,6 +26,7 @@ from corda_convert.operations.belonging import Part, fit_all, matrices, structur
 from corda_convert.operations.edits import Applied, Fitted
 from corda_convert.operations.initials import assign
 from corda_convert.operations.lora_blocks import BatChange, block_module
+from corda_convert.operations.lora_brought import brought_warnings, without_known_weights
 from corda_convert.operations.lora_dense import Difference
 from corda_convert.operations.lora_description import (
     base_name,
@@ -43,7 +44,7 @@ from corda_convert.operations.options import RunOptions
 from corda_convert.operations.remote_inputs import unread_weights
 from corda_convert.operations.residual import Residual, read_residual
 from corda_convert.operations.several import scaled
-from corda_convert.operations.shares import repeated_shares
+from corda_convert.operations.shares import Matrices, repeated_shares
 
 BASE_SHARE = 0.5
 """The least median cosine between initial factors and the base's own weight: 1 where they were taken from it, chance else."""
@@ -76,8 +77,12 @@ class Given:
 
 @dataclass(slots=True)
 class _Gathered:
-    """Modules of all adapters by what tells them apart, and carried tensors by their names in the result."""
+    """Modules of all adapters by what tells them apart, and carried tensors by their names in the result.
 
+    `can_read` is false in a dry run whose models are on the Hub: then their weights are not compared.
+    """
+
+    can_read: bool = True
     modules: dict[str, LoraModule] = field(default_factory=dict)
     carried: dict[str, Carried] = field(default_factory=dict)
     problems: list[CordaConvertError] = field(default_factory=list)
@@ -95,12 +100,14 @@ def from_adapters(given: Given) -> LoraSource:
     unread = unread_weights(given.run, *(model.shards for model in models))
     if not given.as_is and not unread:
         _check_belonging(parts, fitted, given.base, residual)
-    gathered = _Gathered()
+    gathered = _Gathered(can_read=not unread)
     for place, part in enumerate(parts):
         _gather(gathered, part, fitted[place] if fitted else None, given, residual, is_alone=len(parts) == 1)
     raise_problems(gathered.problems)
     trained = [part.trained for part in parts]
     check_alike(trained, gathered.modules.values())
+    warnings = [*warnings_of(parts, fitted, names), *unread]
+    warnings += brought_warnings(parts, has_base=given.base is not None)
     modules, carried = rewrapped(gathered.modules, names), tuple(gathered.carried.values())
     return LoraSource(
         modules=modules,
@@ -113,7 +120,7 @@ def from_adapters(given: Given) -> LoraSource:
         keeps_scaling=len(parts) == 1 and keeps_scaling(parts[0]),
         base=base_name(parts),
         names=names,
-        warnings=(*warnings_of(parts), *unread),
+        warnings=tuple(warnings),
         facts={"adapters": [part.describe() for part in parts]},
     )
 
@@ -226,15 +233,25 @@ def _check_part(part: Part, fitted: Sequence[Fitted], base: Checkpoint | None, r
     elif residual is not None:
         own = {module: (residual.tensor(ref.name), layout) for module, (ref, layout) in weights.items()}
         evidence.check_residual(part.trained, weights, own, residual.name)
-    elif base is not None:
-        evidence.check_plain(part.trained, weights, base, is_added=part.scale > 0)
-    elif (reason := evidence.residual_reason(part.trained)) is not None:
+    elif base is not None and evidence.initial_adapter_of(base.root) is not None:
+        raise AdapterMismatch(
+            f"{base.name} is a residual (it has its initial adapter with it); a LoRA is converted for the base model.",
+            next_step="Give the base model as --base, and the residual's initial adapter as --init.",
+        )
+    elif (reason := _reason_against(part, weights, base)) is not None:
         raise AdapterMismatch(
             f"{part.name} was trained beside a residual: {reason}.",
             why="On the base, what the residual lacks would be added twice.",
             next_step="Give its initial adapter (corda_init, or PEFT's CorDA cache_file) with --init, or --base and --residual "
             "where that is lost. If you know that it belongs on the base as it is, say --as-is.",
         )
+
+
+def _reason_against(part: Part, weights: Matrices, base: Checkpoint | None) -> str | None:
+    """What tells that an adapter without its initial one needs it."""
+    if base is None:
+        return evidence.residual_reason(part.trained)
+    return evidence.repeated_reason(part.trained, weights, base, is_added=part.scale > 0)
 
 
 def _check_share(initial: Adapter, shares: Sequence[float], base: Checkpoint) -> None:
@@ -258,9 +275,10 @@ def _gather(
     is_alone: bool,
 ) -> None:
     """Adds one adapter to what is there."""
-    adapter = part.trained
+    weights = _weights(fitted or (), given) if gathered.can_read else {}
+    adapter = without_known_weights(part, weights, residual)
     if part.initial is not None:
-        adapter = with_initial(part.trained, part.initial, takes_parameters=True)
+        adapter = with_initial(adapter, part.initial, takes_parameters=True)
     by_name = {_name(each.change): each for each in fitted or ()}
     for module in _modules(adapter, part, by_name, given, residual, gathered):
         own = module if is_alone else _unscaled(module)
@@ -315,7 +333,7 @@ def _modules(
     residual: Residual | None,
     gathered: _Gathered,
 ) -> Iterable[LoraModule]:
-    weights = matrices(list(fitted.values()), given.base) if given.base is not None else {}
+    weights = _weights(list(fitted.values()), given)
     keys = {_key(change) for change in adapter.modules if isinstance(change, LoraFactors)}
     seen: set[str] = set()
     for change in adapter.modules:
@@ -344,7 +362,7 @@ def _modules(
             if change.initial_lora_A is not None and change.initial_lora_B is not None:
                 summands.append(Summand(change.initial_lora_A, change.initial_lora_B, -1.0))
             lost = None
-            if residual is not None:
+            if residual is not None and change.module_name not in adapter.bases:
                 if change.module_name not in weights:
                     gathered.problems.append(_no_weight(change, part, given))
                     continue
@@ -359,6 +377,11 @@ def _modules(
                 is_embedding=change.is_embedding,
                 kernel=change.kernel,
             )
+
+
+def _weights(fitted: Sequence[Fitted], given: Given) -> Matrices:
+    """The base's own matrices of the adapted modules, where it can be read."""
+    return {} if given.base is None else matrices(fitted, given.base)
 
 
 def _name(change: ParameterChange) -> str:

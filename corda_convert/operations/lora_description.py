@@ -6,12 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from corda_convert.adapters.experts import ParameterFactors
 from corda_convert.adapters.factors import Adapter
-from corda_convert.adapters.lora import read_scaling
+from corda_convert.adapters.lora import LoraFactors, read_scaling
+from corda_convert.checkpoint.comparison import same_values
 from corda_convert.checkpoint.folder import Checkpoint
 from corda_convert.checkpoint.names import NameMap
+from corda_convert.errors import some
 from corda_convert.operations import evidence
 from corda_convert.operations.belonging import Part
+from corda_convert.operations.edits import Fitted
 from corda_convert.operations.initial_config import target_modules
 from corda_convert.operations.lora_modules import LoraModule
 from corda_convert.operations.production import Input
@@ -132,8 +136,53 @@ def base_name(parts: Sequence[Part]) -> str | None:
     return None
 
 
-def warnings_of(parts: Sequence[Part]) -> Iterable[str]:
-    """For the user."""
-    names = {part.trained.source.base_name for part in parts if part.initial is None} - {""}
-    if len(names) > 1:
-        yield f"The adapters name different base models: {', '.join(sorted(names))}. Their sum belongs on one of them at most."
+def warnings_of(parts: Sequence[Part], fitted: Sequence[Sequence[Fitted]], names: NameMap | None) -> Iterable[str]:
+    """For the user. `fitted` and `names` are of the base, where it was read."""
+    bases = {part.trained.source.base_name for part in parts if part.initial is None} - {""}
+    if len(bases) > 1:
+        yield f"The adapters name different base models: {', '.join(sorted(bases))}. Their sum belongs on one of them at most."
+    for part in parts:
+        if part.initial is not None and _is_untrained(part.trained, part.initial):
+            yield (
+                f"{part.name} holds the numbers of {part.initial.source.name}, so what was learned is zero. If it was trained, "
+                "one of the two is the wrong one."
+            )
+    for part, changes in zip(parts, fitted, strict=False):
+        began_with_the_weight = part.initial is not None and part.trained.kind == "lora"
+        shared = {} if names is None or not began_with_the_weight else _half_tied(changes, names)
+        for module, others in shared.items():
+            yield (
+                f"{module} shares its weight with {some(others)}. Where the training took the initial factors out of the "
+                f"shared tensor, as PEFT's PiSSA and OLoRA do, {some(others)} went without them, too, which this LoRA does "
+                "not do. Then merge the adapter into the residual instead."
+            )
+
+
+def _is_untrained(trained: Adapter, initial: Adapter) -> bool:
+    """Whether all the factors are the initial ones. Stops at the first that is not."""
+    began = {_place(each): each for each in initial.modules if isinstance(each, LoraFactors | ParameterFactors)}
+    pairs = [
+        (own, first)
+        for each in trained.modules
+        if isinstance(each, LoraFactors | ParameterFactors)
+        for own, first in (
+            (each.lora_A, began[_place(each)].lora_A),
+            (each.lora_B, began[_place(each)].lora_B),
+        )
+    ]
+    return bool(pairs) and all(same_values(own, first) for own, first in pairs)
+
+
+def _place(factors: LoraFactors | ParameterFactors) -> str:
+    return factors.key if isinstance(factors, ParameterFactors) else factors.module_name
+
+
+def _half_tied(changes: Sequence[Fitted], names: NameMap) -> dict[str, list[str]]:
+    """The modules with factors whose weight others share that have none, and those others."""
+    adapted = {each.target.name for each in changes if isinstance(each.change, LoraFactors)}
+    found = {}
+    for each in changes:
+        others = [name for name in names.shared.get(each.target.name, ()) if name not in adapted]
+        if others and isinstance(each.change, LoraFactors):
+            found[each.change.module_name] = [name.rpartition(".")[0] for name in others]
+    return found
