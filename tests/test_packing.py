@@ -333,7 +333,7 @@ def test_a_job_that_does_all_its_work_in_one_step_has_the_only_worker() -> None:
     file = Claimed(w=(6, 4))
     produced = Produced(file.specs["w"], AtOnce(file.ref("w"), workspace=10**6))  # type: ignore[arg-type]
     plan = pack([*scaled(v=(64, 64)), OutputFileSpec("y.safetensors", (produced,), {})], workers=8)
-    assert (plan.workers, plan.slots) == (1, SLOTS)
+    assert (plan.workers, plan.slots) == (1, SPARE_SLOTS)
 
 
 def test_a_budget_below_one_slot_is_refused_and_the_worst_step_named() -> None:

@@ -33,7 +33,7 @@ BLOCK_ELEMENTS = 1 << 20
 not depend on the memory budget: the same blocks, so the same bits, for every budget."""
 
 SPARE_SLOTS = 3
-"""Chunks in flight beside those that are computed: one being read, one being written, one in reserve."""
+"""Chunks in flight beside those that are computed: one being read, one being written, one in reserve where they are small."""
 
 
 def pack(
@@ -53,10 +53,10 @@ def pack(
     workspace = max((job.workspace_bytes for job in compute), default=0)
     worst = max(compute, key=_job_bytes, default=None)
     if any(not job.transform.streamed and not isinstance(job.transform, InAnyOrder) for job in compute):
-        workers = 1
-    plan = Plan(
-        packed, jobs, SPARE_SLOTS + workers, workers, read_buffer, write_buffer, workspace, worst.name if worst else ""
-    )
+        workers, slots = 1, SPARE_SLOTS
+    else:
+        slots = SPARE_SLOTS + workers
+    plan = Plan(packed, jobs, slots, workers, read_buffer, write_buffer, workspace, worst.name if worst else "")
     while max_memory_bytes is not None and plan.slots > 1 and held_bytes + plan.memory_bytes > max_memory_bytes:
         plan = replace(plan, slots=plan.slots - 1, workers=max(1, min(plan.workers, plan.slots - 2)))
     needed = held_bytes + plan.memory_bytes
