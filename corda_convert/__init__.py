@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from corda_convert.operations.options import Outcome, RunOptions
     from corda_convert.operations.push import push
     from corda_convert.operations.to_lora import ToLoraOptions, to_lora
+    from corda_convert.operations.verify import Verification, VerifyOptions, verify
 
 _HOMES = {
     "decompose": "operations.decompose",
@@ -35,6 +36,9 @@ _HOMES = {
     "to_lora": "operations.to_lora",
     "ToLoraOptions": "operations.to_lora",
     "push": "operations.push",
+    "verify": "operations.verify",
+    "Verification": "operations.verify",
+    "VerifyOptions": "operations.verify",
     "Outcome": "operations.options",
     "RunOptions": "operations.options",
 }
@@ -48,6 +52,8 @@ __all__ = [
     "Outcome",
     "RunOptions",
     "ToLoraOptions",
+    "Verification",
+    "VerifyOptions",
     "__version__",
     "decompose",
     "decompose_from_cache",
@@ -55,6 +61,7 @@ __all__ = [
     "merge",
     "push",
     "to_lora",
+    "verify",
 ]
 
 

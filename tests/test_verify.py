@@ -25,8 +25,10 @@ from building import (
     write_lora,
 )
 from conftest import Ran
+from hub_server import Hub
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from test_hub_reading import hub  # noqa: F401 - a fixture
 from test_lora_variants import CASES, adapter_of, base_of
 from transformers import PreTrainedModel
 
@@ -772,3 +774,13 @@ def test_no_output_tells_paths_of_the_machine_or_tokens(
                 config.pop("base_model_name_or_path")
                 content = json.dumps(config).encode()
             assert str(tmp_path).encode() not in content, (arguments, name)
+
+
+def test_inputs_may_be_on_the_hub(hub: Hub, tmp_path: Path) -> None:  # noqa: F811 - the fixture
+    base, adapter = write_checkpoint(tmp_path / "base", shards=2), write_lora(tmp_path / "lora")
+    for name, folder in (("acme/base", base), ("acme/lora", adapter)):
+        hub.add_repository(name).add_folder(folder)
+    merge(base, adapter=adapter, output=tmp_path / "output", options=MergeOptions(as_is=True))
+    found = verify(tmp_path / "output", options=VerifyOptions(against="acme/base", adapters=["acme/lora"], sample=None))
+    assert problems(found) == []
+    assert all(each["same"] for each in found.facts["inputs"])

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from corda_convert.checkpoint.folder import missing_path
-from corda_convert.errors import AdapterMismatch, CordaConvertError, InputNotFound, MalformedFile, raise_problems, some
-from corda_convert.operations.verify_again import OPTION_OF_ROLE, Options, Sources
+from corda_convert.errors import CordaConvertError, MalformedFile, some
+from corda_convert.hub_reading import fetch
+from corda_convert.operations.verify_again import Sources
 from corda_convert.operations.verify_files import Scan, Scanned, scan_all, scan_of
-from corda_convert.operations.verify_receipt import ListedFile, Sealed, read_sealed
+from corda_convert.operations.verify_inputs import Pair, compare, input_files, locate
+from corda_convert.operations.verify_receipt import Sealed, read_sealed
 from corda_convert.operations.verify_structure import Structure, check_structure
 
 if TYPE_CHECKING:
@@ -92,9 +93,11 @@ def verify(folder: Path | str, *, options: VerifyOptions = VerifyOptions()) -> V
     """
     path = Path(folder)
     sealed = read_sealed(path)
-    sources = options.sources
-    is_recomputed = sources != Sources() or bool(options.scales)
-    pairs = _input_files(sealed, sources, options) if is_recomputed else []
+    is_recomputed = options.sources != Sources() or bool(options.scales)
+    sources = locate(options.sources) if is_recomputed else options.sources
+    pairs = input_files(sealed, sources, options.scales) if is_recomputed else []
+    if pairs:
+        fetch([given for _, _, given in pairs], progress=options.progress)
     structure = check_structure(sealed)
     try:
         scans = _scans(sealed, structure)
@@ -102,7 +105,7 @@ def verify(folder: Path | str, *, options: VerifyOptions = VerifyOptions()) -> V
             scanned = scan_all([*scans.values(), *(Scan(given) for _, _, given in pairs)], advance)
         problems = [*structure.problems, *_digest_problems(sealed, scans, scanned)]
         not_finite = _not_finite(scans, scanned)
-        inputs = [_compared(role, listed, given, scanned) for role, listed, given in pairs]
+        inputs = [compare(role, listed, given, scanned) for role, listed, given in pairs]
         problems += [problem for _, problem in inputs if problem is not None]
         recomputed, seed = None, None
         if is_recomputed:
@@ -153,7 +156,7 @@ def _scans(sealed: Sealed, structure: Structure) -> dict[str, Scan]:
     }
 
 
-def _progress(scans: Mapping[str, Scan], pairs: Sequence[tuple[str, ListedFile, Path]], options: VerifyOptions) -> Any:
+def _progress(scans: Mapping[str, Scan], pairs: Sequence[Pair], options: VerifyOptions) -> Any:
     """A bar by bytes on stderr, only on a terminal. What it yields is called with the bytes that were read."""
     import contextlib
 
@@ -211,88 +214,6 @@ def _same_as_input(recomputed: Recomputed | None) -> set[str]:
     """Tensors that are the bits of an input, so that what they hold is the input's."""
     checked: Sequence[Checked] = () if recomputed is None else recomputed.checked
     return {each.name for each in checked if each.how == "bits" and each.is_right}
-
-
-def _input_files(sealed: Sealed, sources: Sources, options: VerifyOptions) -> list[tuple[str, ListedFile, Path]]:
-    """The files of each input that the receipt names: its role, what the receipt says, where it is given.
-
-    Raises `InputNotFound` for what is missing, all together.
-    """
-    problems: list[CordaConvertError] = []
-    pairs: list[tuple[str, ListedFile, Path]] = []
-    left = {role: list(sources.of_role(role)) for role in OPTION_OF_ROLE}
-    problems += [missing_path(path, "input") for path in sources.given if not path.exists()]
-    raise_problems(problems)
-    for listed in sealed.inputs:
-        option = OPTION_OF_ROLE.get(listed.role)
-        if option is None or (listed.role == "covariances" and not left[listed.role]):
-            continue
-        if not left[listed.role]:
-            problems.append(
-                InputNotFound(
-                    f"The receipt names {listed.name} as its {listed.role}, and it is not given.",
-                    next_step=f"Give it with {option}.",
-                )
-            )
-            continue
-        given = left[listed.role].pop(0)
-        for file in listed.files:
-            path = given if given.is_file() else given / file.name
-            if path.is_file():
-                pairs.append((listed.role, file, path))
-            else:
-                problems.append(
-                    InputNotFound(
-                        f"{given} has no {file.name}, which the receipt names of its {listed.role} {listed.name}.",
-                        why="It is another one.",
-                        next_step=f"Give {listed.name} with {option}.",
-                    )
-                )
-    problems += _scale_problems(sealed, options)
-    raise_problems(problems)
-    return pairs
-
-
-def _scale_problems(sealed: Sealed, options: VerifyOptions) -> list[CordaConvertError]:
-    recorded = Options(dict(sealed.options)).numbers("scales")
-    given = tuple(float(scale) for scale in options.scales)
-    if not given or given == recorded or (not recorded and set(given) == {1.0}):
-        return []
-    shown = ", ".join(f"{scale:g}" for scale in recorded) or "1 each"
-    return [AdapterMismatch(f"The receipt says the scales {shown}; --scale says {', '.join(f'{s:g}' for s in given)}.")]
-
-
-def _compared(
-    role: str, listed: ListedFile, given: Path, scanned: Mapping[Path, Scanned | OSError]
-) -> tuple[dict[str, Any], CordaConvertError | None]:
-    """Whether an input is the file that the receipt names, and by what that is known."""
-    found = scanned[given]
-    facts: dict[str, Any] = {"role": role, "name": listed.name, "by": "sha256" if listed.sha256 else "size and header"}
-    if isinstance(found, OSError):
-        return {**facts, "same": False}, MalformedFile(f"{given} cannot be read: {found.strerror or found}.")
-    same = given.stat().st_size == listed.nbytes
-    if listed.sha256 is not None:
-        same = found.sha256 == listed.sha256
-    elif listed.header_sha256 is not None and same:
-        same = _header_digest(given) == listed.header_sha256
-    problem = AdapterMismatch(
-        f"{given} is not the {role} that the receipt names: its {'SHA-256' if listed.sha256 else 'size or header'} differs.",
-        why="It is another model or adapter, or was changed since.",
-    )
-    return {**facts, "same": same}, None if same else problem
-
-
-def _header_digest(path: Path) -> str | None:
-    from corda_convert.checkpoint.safetensors_file import SafetensorsFile
-
-    try:
-        file = SafetensorsFile(path)
-    except CordaConvertError:
-        return None
-    try:
-        return file.header_sha256()
-    finally:
-        file.close()
 
 
 def _recompute(sealed: Sealed, structure: Structure, sources: Sources, options: VerifyOptions, seed: int) -> Recomputed:
