@@ -119,6 +119,14 @@ def test_covariances_are_those_that_peft_collects(name: str, tmp_path: Path) -> 
     assert collected.receipt["inputs"] < len(theirs) or name == "gpt2"
 
 
+def test_long_samples_in_bfloat16_are_summed_as_exactly(tmp_path: Path) -> None:
+    corpus = CorpusOptions(files=(TASK,), field=("question", "answer"), samples=9, seq_len=160)
+    theirs = of_peft(MODEL, corpus, LLAMA_LIKE, tmp_path / "peft" / "cov.pt")
+    options = CollectOptions(corpus, batch_tokens=160)
+    collect(MODEL, output=tmp_path / "covs.safetensors", options=options, run=CPU)
+    assert worst(matrices(tmp_path / "covs.safetensors"), theirs) < 2e-6
+
+
 def test_each_distinct_input_is_stored_once(tmp_path: Path) -> None:
     collect(MODEL, output=tmp_path / "covs.safetensors", options=CollectOptions(TEXT), run=CPU)
     with safe_open(tmp_path / "covs.safetensors", "pt") as file:
@@ -387,3 +395,18 @@ def test_python_gives_the_receipt(tmp_path: Path) -> None:
     assert isinstance(collected, Collected)
     assert collected.receipt["inputs"] == 6
     assert collected.receipt["files"][0]["bytes"] == (tmp_path / "c.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [40, 512, 1100])
+def test_half_of_a_product_is_the_whole_one(width: int, dtype: torch.dtype) -> None:
+    from corda_convert.linalg.gram import add_gram, is_exact_in_bfloat16, mirror
+
+    rows = torch.randn(300, width, generator=torch.Generator().manual_seed(width)).to(dtype)
+    upper = torch.eye(width)
+    add_gram(upper, rows.float(), 0.5, are_bfloat16=is_exact_in_bfloat16(rows))
+    mirror(upper)
+    expected = torch.eye(width, dtype=torch.float64) + 0.5 * rows.double().T @ rows.double()
+    assert (upper - expected).abs().max() < 1e-6 * expected.abs().max()
+    assert torch.equal(upper, upper.T)
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +33,7 @@ from corda_convert.operations.collect_writing import (
     write_covariances,
 )
 from corda_convert.operations.options import RunOptions
+from corda_convert.operations.process_memory import peak_resident_bytes
 from corda_convert.output.receipt import tool
 from corda_convert.streaming.architecture import build_architecture
 from corda_convert.streaming.stream import Batch, LayerStream, make_batches
@@ -71,6 +73,7 @@ def collect(
     job = _prepare(model, Path(output), options, run)
     if run.dry_run:
         return Collected(job.output, {**job.receipt(), "plan": job.plan()}, job.warnings())
+    begun = time.perf_counter()
     with run.ranks.leaving():
         fetch([shard.path for shard in job.checkpoint.shards], progress=run.progress)
         if run.ranks.place.rank > 0:
@@ -79,9 +82,22 @@ def collect(
             return Collected(job.output, job.receipt(), ())
         with working(job.output, job.identity(), overwrite=run.overwrite) as work:
             finished = _run(job, work)
-            receipt = _seal(job, work, finished)
+            receipt = {**_seal(job, work, finished), "run": _used(job, time.perf_counter() - begun)}
             run.ranks.exchange(None)
     return Collected(job.output, receipt, (*job.warnings(), *receipt["warnings"]))
+
+
+def _used(job: CollectJob, seconds: float) -> dict[str, Any]:
+    """Time and memory of this process."""
+    import torch
+
+    on_cuda = job.device.type == "cuda"
+    return {
+        "seconds": round(seconds, 3),
+        "peak_resident_bytes": peak_resident_bytes(),
+        "peak_device_bytes": torch.cuda.max_memory_allocated(job.device) if on_cuda else None,
+        "ranks": job.run.ranks.place.size,
+    }
 
 
 def _prepare(model: Path | str, output: Path, options: CollectOptions, run: RunOptions) -> CollectJob:

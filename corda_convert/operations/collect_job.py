@@ -24,7 +24,7 @@ from corda_convert.streaming.stream import Batch
 if TYPE_CHECKING:
     import torch
 
-GROUPS = 16
+GROUPS = 8
 """Samples are summed in so many groups at least, if there are so many batches: the sums of a group are float32."""
 
 GROUP_TOKENS = 16_384

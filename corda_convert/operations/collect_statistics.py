@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from corda_convert.errors import NotFinite
-from corda_convert.linalg.gram import add_gram, is_exact_in, mirror
+from corda_convert.linalg.gram import add_gram, is_exact_as_given, is_exact_in_bfloat16, mirror, panels
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 Normalization = Literal["peft", "none"]
 Precision = Literal["float32", "float64"]
+
+LEAST_ROWS = 128
+"""Samples of fewer tokens are multiplied together, divided by their largest entries before, rather than each by itself."""
 
 
 @dataclass(slots=True)
@@ -55,20 +58,35 @@ class InputStatistics:
             return
         peaks = self._peaks(inputs, numbers)
         self.tokens += inputs.shape[0] * inputs.shape[1]
-        self._absolute += inputs.abs().sum(dim=(0, 1), dtype=self._absolute.dtype)
-        if self.precision == "float32" and is_exact_in(inputs):
+        if self.precision == "float32" and is_exact_as_given(inputs):
+            self._add_absolute(inputs)
             for sample, peak in zip(inputs, peaks, strict=True):
                 add_gram(self._group, sample, peak**-2)
             return
         rows = inputs.to(self._group.dtype)
+        self._add_absolute(rows)
+        if self.precision == "float32" and inputs.shape[1] >= LEAST_ROWS and is_exact_in_bfloat16(inputs):
+            for sample, peak in zip(rows, peaks, strict=True):
+                add_gram(self._group, sample, peak**-2, are_bfloat16=True)
+            return
         if self.normalization == "peft":
             rows = rows / rows.new_tensor(peaks).view(-1, 1, 1)
         add_gram(self._group, rows.flatten(0, 1))
 
+    def _add_absolute(self, inputs: Tensor) -> None:
+        import torch
+
+        rows = inputs.flatten(0, 1).abs()
+        if rows.dtype == self._group.dtype:  # a product is several times faster than a sum over rows
+            self._absolute += rows.new_ones(len(rows)) @ rows
+        else:
+            self._absolute += rows.sum(dim=0, dtype=torch.float32)
+
     def end_group(self) -> None:
         """Adds the group's sum to the total."""
         if self._group is not self._total:
-            self._total += self._group
+            for begin, end in panels(self.width):
+                self._total[:end, begin:end] += self._group[:end, begin:end]
             self._group.zero_()
 
     def gather(self, ranks: Ranks) -> None:
@@ -102,9 +120,9 @@ class InputStatistics:
 
         import torch
 
-        low, high = (bound.tolist() for bound in torch.aminmax(inputs.flatten(1).float(), dim=1))
         peaks = []
-        for number, least, most in zip(numbers, low, high, strict=True):
+        for number, sample in zip(numbers, inputs, strict=True):
+            least, most = (float(bound) for bound in torch.aminmax(sample))  # a NaN shows in both
             if not (math.isfinite(least) and math.isfinite(most)):
                 raise NotFinite(
                     f"The input of {self.name} holds NaN or Inf for sample {number}.",
