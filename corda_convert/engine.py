@@ -15,10 +15,10 @@ import queue
 import resource
 import threading
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from corda_convert.checkpoint.byte_file import PAGE_BYTES, ByteFile
 from corda_convert.checkpoint.tensors import torch_dtype
@@ -54,6 +54,18 @@ Progress = Callable[[str, int], None]
 """Called with a tensor's name and the bytes just written."""
 
 
+class Watch(Protocol):
+    """What is told how a run goes on, on the run's own threads."""
+
+    def written(self, number: int) -> None:
+        """All outputs of a job of the plan are written, hashed and noted; nothing more is read for it."""
+        ...
+
+    def stopped(self) -> None:
+        """The run has failed, or was interrupted: nothing may go on waiting."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class FileRecord:
     """A file as it was written: path inside the output folder, size, SHA-256 in hex."""
@@ -87,17 +99,19 @@ def run(
     share: Share | None = None,
     begun: Mapping[str, WrittenDigest] | None = None,
     journal: Journal | None = None,
+    watch: Watch | None = None,
 ) -> RunRecord:
     """Runs the plan's jobs in order and writes its files into `folder`, which exists.
 
     `digests` of inputs that were begun before are gone on with. With a `share` only its jobs are run; `begun` has the
-    files that are there already, with the digests of what was written of them. The `journal` notes what is finished.
+    files that are there already, with the digests of what was written of them. The `journal` notes what is finished, the
+    `watch` is told.
     Raises whatever a source or a transform refuses with, after all threads have stopped and all files are closed.
     """
     allow_open_files(plan)
     share = share or whole_share(plan)
     progress = progress or (lambda _name, _nbytes: None)
-    return _Run(plan, folder, device, progress, digests or {}, share, begun or {}, journal).run()
+    return _Run(plan, folder, device, progress, digests or {}, share, begun or {}, journal, watch).run()
 
 
 def create_files(plan: Plan, folder: Path, names: Container[str]) -> None:
@@ -128,11 +142,20 @@ def _open(folder: Path, file: PackedFile, direct: DirectWriting, begun: WrittenD
     return ShardWriter(folder / file.name, file.header, file.nbytes, direct, begun)
 
 
+def _last_reads(jobs: Sequence[ComputeJob | CopyJob]) -> dict[int, list[ByteFile]]:
+    """The sources whose bytes lie in place, by the identity of the last job that reads them."""
+    last = {file.path: (id(job), file) for job in jobs for file, _, _ in _job_pieces(job)}
+    ends: dict[int, list[ByteFile]] = {}
+    for job, file in last.values():
+        ends.setdefault(job, []).append(file)
+    return ends
+
+
 def inputs_read_through(plan: Plan) -> set[Path]:
     """The inputs of which a run of the whole plan knows the digest: those that it reads front to back."""
     positions: dict[Path, int | None] = {}
     files: dict[Path, ByteFile] = {}
-    for file, offset, nbytes in _source_pieces(plan):
+    for file, offset, nbytes in (piece for job in plan.jobs for piece in _job_pieces(job)):
         position = positions.get(file.path, 0)
         files[file.path] = file
         is_next = position is not None and 0 <= offset - position <= MOST_SEAM_BYTES
@@ -144,16 +167,15 @@ def inputs_read_through(plan: Plan) -> set[Path]:
     }
 
 
-def _source_pieces(plan: Plan) -> Iterator[tuple[ByteFile, int, int]]:
-    """What the jobs read of files whose bytes lie in place: file, offset and length, in order."""
-    for job in plan.jobs:
-        if isinstance(job, CopyJob):
-            if isinstance(job.source, ByteFile):
-                yield job.source, job.source_offset, job.nbytes
-            continue
-        for read in (read for chunk in job.chunks for read in chunk.all_reads):
-            if isinstance(read.file, ByteFile) and (extent := read.file.extent(read.tensor)) is not None:
-                yield read.file, extent.begin + read.begin, read.nbytes
+def _job_pieces(job: ComputeJob | CopyJob) -> Iterator[tuple[ByteFile, int, int]]:
+    """What a job reads of files whose bytes lie in place: file, offset and length, in order."""
+    if isinstance(job, CopyJob):
+        if isinstance(job.source, ByteFile):
+            yield job.source, job.source_offset, job.nbytes
+        return
+    for read in (read for chunk in job.chunks for read in chunk.all_reads):
+        if isinstance(read.file, ByteFile) and (extent := read.file.extent(read.tensor)) is not None:
+            yield read.file, extent.begin + read.begin, read.nbytes
 
 
 @dataclass(slots=True)
@@ -183,6 +205,7 @@ class _Work:
     """
 
     place: int
+    number: int
     copy: CopyJob | None = None
     copied: threading.Event = field(default_factory=threading.Event)
     running: _Running | None = None
@@ -205,8 +228,10 @@ class _Run:
         share: Share,
         begun: Mapping[str, WrittenDigest],
         journal: Journal | None,
+        watch: Watch | None,
     ) -> None:
         self.plan = plan
+        self.watch = watch
         self.share = share
         self.jobs = [plan.jobs[number] for number in share.jobs]
         self.begun = begun
@@ -228,7 +253,6 @@ class _Run:
         self.digests = dict(digests)
         for digest in self.digests.values():
             digest.skip_head()
-        self.sources: dict[Path, ByteFile] = {}  # what the digests are of
         self.facts: dict[str, Facts] = {}
         self.records: list[FileRecord] = []
         self.seconds = {"read": 0.0, "compute": 0.0, "write": 0.0, "hash": 0.0}
@@ -290,6 +314,8 @@ class _Run:
         if self.failure is None:
             self.failure = failure
         self.stop.set()
+        if self.watch is not None:
+            self.watch.stopped()
 
     def _take(self, source: queue.Queue[_T]) -> _T:
         while not self.stop.is_set():
@@ -312,12 +338,14 @@ class _Run:
 
     def _read_all(self) -> None:
         place = itertools.count()
-        for job in self.jobs:
+        ends = _last_reads(self.jobs)
+        for number, job in zip(self.share.jobs, self.jobs, strict=True):
             if isinstance(job, CopyJob):
-                work = _Work(next(place), copy=job)
+                work = _Work(next(place), number, copy=job)
                 self.copies.put(work)
                 with self._busy("read"):
                     self._digest_source(job)
+                    self._finish_digests(ends.get(id(job), ()))
                 self._give(self.read, work)
                 continue
             running = _Running(job)
@@ -325,13 +353,17 @@ class _Run:
                 slot = self._take(self.free) or self._allocate()
                 with self._busy("read"):
                     self._fill(slot, chunk)
-                self._give(self.read, _Work(next(place), running=running, chunk=chunk, slot=slot))
+                    if chunk is job.chunks[-1]:
+                        self._finish_digests(ends.get(id(job), ()))
+                self._give(self.read, _Work(next(place), number, running=running, chunk=chunk, slot=slot))
         self.copies.put(None)
         for _ in range(self.plan.workers):
             self._give(self.read, None)
-        with self._busy("read"):
-            for path, file in self.sources.items():
-                self._catch_up(file, self.digests[path], file.file_bytes)
+
+    def _finish_digests(self, files: Iterable[ByteFile]) -> None:
+        """Hashes what stands behind the last tensors of sources that no later job reads."""
+        for file in files:
+            self._catch_up(file, self._digest(file), file.file_bytes)
 
     def _allocate(self) -> _Slot:
         import torch
@@ -350,7 +382,6 @@ class _Run:
                 digest.update(extent.begin + read.begin, bytes_view)
 
     def _digest(self, file: ByteFile) -> SequentialDigest:
-        self.sources[file.path] = file
         return self.digests.setdefault(file.path, SequentialDigest(file.file_bytes))
 
     def _catch_up(self, file: ByteFile, digest: SequentialDigest, offset: int) -> None:
@@ -431,6 +462,7 @@ class _Run:
             with self._busy("hash"):
                 self._hash(work)
                 self._note(work)
+                self._tell(work)
             if work.slot is not None:
                 self.free.put(work.slot)
         self._commit()
@@ -454,6 +486,12 @@ class _Run:
             )
         if self.journal.is_due or any(written.is_whole for written in self.noted.values()):
             self._commit()
+
+    def _tell(self, work: _Work) -> None:
+        """Tells the watch of a job whose last piece this is."""
+        is_last = work.running is None or work.chunk is work.running.job.chunks[-1]
+        if self.watch is not None and is_last:
+            self.watch.written(work.number)
 
     def _commit(self) -> None:
         if self.journal is not None:

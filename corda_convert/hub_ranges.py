@@ -16,7 +16,6 @@ _ATTEMPTS = 5
 _FIRST_WAIT_SECONDS = 0.5
 _LONGEST_WAIT_SECONDS = 60.0
 _TIMEOUT_SECONDS = 30.0
-_PIECE_BYTES = 1 << 20
 _PASSING = (408, 429, 500, 502, 503, 504)
 
 
@@ -38,19 +37,11 @@ class RangeReader:
     nbytes: int
     what: str
 
-    def read_into(self, offset: int, view: memoryview) -> None:
-        """Fills `view` with the file's bytes from `offset` on. Raises `DownloadFailed`."""
-        position = 0
-
-        def take(piece: bytes) -> None:
-            nonlocal position
-            view[position : position + len(piece)] = piece
-            position += len(piece)
-
-        self.read(offset, len(view), take)
-
     def read(self, offset: int, nbytes: int, take: Callable[[bytes], None]) -> None:
-        """Gives the bytes `offset … offset + nbytes` to `take`, piece by piece. A dropped connection is taken up again."""
+        """Gives the bytes `offset … offset + nbytes` to `take`, piece by piece. A dropped connection is taken up again.
+
+        Raises `DownloadFailed`, or what `take` raises.
+        """
         done = 0
         wait = _FIRST_WAIT_SECONDS
         with reading_errors(self.asked, self.what):
@@ -97,7 +88,7 @@ class RangeReader:
                     next_step=f"Download it first:  hf download {self.asked.repo_id}",
                 )
             left = nbytes
-            for piece in answer.iter_bytes(_PIECE_BYTES):
+            for piece in answer.iter_bytes():
                 yield piece[:left]
                 left -= min(left, len(piece))
                 if not left:

@@ -226,7 +226,7 @@ class _Locating:
             return path
 
         reader = RangeReader(self.asked, name, self.commit, entry.size, self.what)
-        announce(path, RemoteFile(entry.size, sha256, reader.read_into, bring))
+        announce(path, RemoteFile(entry.size, sha256, reader.read, bring))
 
     def _read_head(self, path: Path) -> None:
         """Reads a safetensors header; pickled files are brought whole, since what describes them lies all over them."""
@@ -236,13 +236,11 @@ class _Locating:
         if path.suffix != ".safetensors":
             remote.fetch()
             return
-        head = bytearray(min(_HEAD_BYTES, remote.nbytes))
-        remote.read_range(0, memoryview(head))
+        head = bytearray()
+        remote.read_range(0, min(_HEAD_BYTES, remote.nbytes), head.extend)
         end = 8 + int.from_bytes(head[:8], "little")
         if len(head) < end <= min(remote.nbytes, 8 + MAX_HEADER_BYTES):
-            rest = bytearray(end - len(head))
-            remote.read_range(len(head), memoryview(rest))
-            head += rest
+            remote.read_range(len(head), end - len(head), head.extend)
         remote.head = bytes(head[:end])
 
 

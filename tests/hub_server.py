@@ -306,6 +306,7 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[RequestRecord] = []
         self.sent: Counter[str] = Counter()
+        self.before_answers: list[Callable[[Request], None]] = []
         self._failures: list[Failure] = []
         self._cuts: list[Cut] = []
         self._corruptions: dict[str, Change] = {}
@@ -399,6 +400,8 @@ class Hub:
         with self._lock:
             self.requests.append(RequestRecord(request.method, request.path))
             try:
+                for look in self.before_answers:
+                    look(request)
                 self._raise_failure(request)
                 return self._dispatch(request)
             except HubError as error:

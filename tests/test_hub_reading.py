@@ -5,6 +5,7 @@ import json
 import shutil
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import huggingface_hub
@@ -25,11 +26,12 @@ from building import (
     write_json,
     write_lora,
 )
-from conftest import Ran
-from hub_server import Account, Hub, StoredFile, client_settings, running_hub
+from conftest import Ran, assert_no_leftovers
+from hub_server import Account, Hub, HubError, Repository, Request, StoredFile, client_settings, running_hub
 from huggingface_hub import constants
 
 from corda_convert import hub_ranges
+from corda_convert.hub_streaming import MOST_FILES
 
 # The client's own way of handing a file to its HTTP library.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -207,6 +209,10 @@ def test_decompose_takes_a_model_and_covariances_of_the_hub(hub: Hub, done: Comm
     done("decompose", MODEL, "--cov", COVARIANCES, *chosen, "-o", tmp_path / "here")
     done("decompose", "acme/model", "--cov", f"acme/covs/{COVARIANCES.name}", *chosen, "-o", tmp_path / "there")
     assert weight_files(tmp_path / "there") == weight_files(tmp_path / "here")
+    reduced = ("to-lora", ADAPTERS / "lora", "--rank", 2, "--weight-by")
+    done(*reduced, COVARIANCES, "-o", tmp_path / "lora-here")
+    done(*reduced, f"acme/covs/{COVARIANCES.name}", "-o", tmp_path / "lora-there")
+    assert weight_files(tmp_path / "lora-there") == weight_files(tmp_path / "lora-here")
 
 
 def test_the_first_pass_of_a_rank_budget_has_its_weights(hub: Hub, done: Command, tmp_path: Path) -> None:
@@ -386,19 +392,23 @@ def test_without_a_network(
     )
 
 
-def test_a_file_that_is_not_what_the_hub_states_is_refused_and_removed(
-    hub: Hub, base: Path, lora: Path, command: Command, done: Command, tmp_path: Path, monkeypatch
-) -> None:
-    name = "model-00002-of-00003.safetensors"
-    repository = hub.repositories[BASE]
-    content = repository.resolve("main").files[name].content
-    damaged = content[:-1] + bytes([content[-1] ^ 1])
+def damage(repository: Repository, name: str) -> None:
+    """Changes the last byte of a file, but not the digest that the Hub states of it."""
+    files = dict(repository.resolve("main").files)
+    content = files[name].content
 
     class Damaged(StoredFile):
-        sha256 = property(lambda self: hashlib.sha256(content).hexdigest())  # what the Hub goes on to state
+        sha256 = property(lambda self: hashlib.sha256(content).hexdigest())
 
-    files = dict(repository.resolve("main").files) | {name: Damaged(damaged, lfs=True)}
+    files[name] = Damaged(content[:-1] + bytes([content[-1] ^ 1]), lfs=True)
     repository.add_commit("main", "damage", files)
+
+
+def test_a_file_that_is_not_what_the_hub_states_is_refused_and_removed(
+    hub: Hub, base: Path, lora: Path, command: Command, tmp_path: Path
+) -> None:
+    name = "model-00002-of-00003.safetensors"
+    damage(hub.repositories[BASE], name)
     text = message(command("merge", BASE, "--adapter", lora, "-o", tmp_path / "out"))
     assert text.startswith(f"{name} of {BASE} was not downloaded as the Hub has it")
     assert not list((tmp_path / "home").rglob(name))
@@ -429,3 +439,130 @@ def test_names_that_leave_the_folder_are_refused(hub: Hub, lora: Path, refusal: 
     assert refusal("merge", "acme/odd", "--adapter", lora) == (
         "acme/odd lists the file '../../evil.json', which would lie outside its folder.\nDo not trust this repository."
     )
+
+
+SHARDS = 7
+
+
+@pytest.fixture
+def large(tmp_path: Path, hub: Hub) -> Path:
+    """A model of seven shards here, and the same on the Hub as `acme/large`."""
+    folder = write_checkpoint(tmp_path / "large", shards=SHARDS)
+    hub.add_repository("acme/large").add_folder(folder)
+    return folder
+
+
+@dataclass
+class Disk:
+    """What lay in the input folder of a run, and in the cache, whenever a shard was asked for up to its end."""
+
+    model: Path
+    work: Path
+    cache: Path
+    most: int = 0
+    asked: list[str] = field(default_factory=list)
+
+    def look(self, request: Request) -> None:
+        name = request.path.rpartition("/")[2]
+        last = request.headers.get("range", "").rpartition("-")[2]
+        if name.startswith("model-") and last == str((self.model / name).stat().st_size - 1):
+            self.asked.append(name)
+            self.most = max(self.most, len(list(self.work.glob("input/*.safetensors*"))))
+            assert not list(self.cache.rglob("model-*.safetensors"))
+
+
+@pytest.fixture
+def disk(hub: Hub, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Disk:
+    monkeypatch.setattr("corda_convert.hub_reading._HEAD_BYTES", 64)
+    found = Disk(large, tmp_path / ".out.corda-convert-partial", tmp_path / "home")
+    hub.before_answers.append(found.look)
+    return found
+
+
+def test_a_streamed_model_is_never_whole_on_the_disk(
+    hub: Hub, large: Path, lora: Path, disk: Disk, done: Command, tmp_path: Path
+) -> None:
+    done("merge", large, "--adapter", lora, "-o", tmp_path / "here")
+    ran = done("merge", "acme/large", "--adapter", lora, "-o", tmp_path / "out", "--stream", "--json")
+    assert weight_files(tmp_path / "out") == weight_files(tmp_path / "here")
+    assert 1 <= disk.most <= MOST_FILES < SHARDS
+    (model, *_) = json.loads(ran.out)["inputs"]
+    stored = hub.repositories["acme/large"].resolve("main").files
+    assert {file["name"]: file["sha256"] for file in model["files"]} == {
+        name: file.sha256 for name, file in stored.items() if name.endswith(".safetensors")
+    }
+    assert not list((tmp_path / "home").rglob("model-*.safetensors"))
+    assert_no_leftovers(tmp_path)
+
+
+def test_decompose_and_extraction_stream_too(
+    hub: Hub, large: Path, lora: Path, disk: Disk, done: Command, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
+    chosen = ("--method", "svd", "--mode", "ipm", "--rank", 2)
+    done("decompose", large, *chosen, "-o", tmp_path / "here")
+    done("decompose", "acme/large", *chosen, "-o", tmp_path / "out", "--stream")
+    assert weight_files(tmp_path / "out") == weight_files(tmp_path / "here")
+    assert 1 <= disk.most <= MOST_FILES
+    done("merge", large, "--adapter", lora, "-o", tmp_path / "tuned")
+    hub.add_repository("acme/tuned").add_folder(tmp_path / "tuned")
+    done("to-lora", "--from-checkpoints", large, tmp_path / "tuned", "--rank", 4, "-o", tmp_path / "lora-here")
+    shutil.rmtree(tmp_path / "out")
+    done("to-lora", "--from-checkpoints", "acme/large", "acme/tuned", "--rank", 4, "--stream", "-o", tmp_path / "out")
+    assert weight_files(tmp_path / "out") == weight_files(tmp_path / "lora-here")
+    assert disk.most <= 2 * MOST_FILES < 2 * SHARDS
+    budget = ("--method", "svd", "--mode", "ipm", "--rank-budget", "3k")
+    assert "does not go with --rank-budget" in refusal("decompose", "acme/large", *budget, "--stream")
+    text = refusal("to-lora", "--from-checkpoints", "acme/large", "acme/tuned", "--rank", 4, "--dry-run")
+    assert text.startswith("There is no dry run of --from-checkpoints for a model on the Hub.")
+
+
+def test_a_lost_hub_stops_a_streamed_run_which_goes_on_later(
+    hub: Hub, large: Path, lora: Path, disk: Disk, command: Command, done: Command, tmp_path: Path
+) -> None:
+    arguments = ("merge", "acme/large", "--adapter", lora, "-o", tmp_path / "out", "--stream", "--as-is")
+    done("merge", large, "--adapter", lora, "-o", tmp_path / "here")
+
+    def break_off(request: Request) -> None:
+        if disk.asked and "00006" in request.path:
+            raise HubError(500, "gone")
+
+    hub.before_answers.append(break_off)
+    ran = command(*arguments)
+    assert ran.status == 1
+    assert ran.err.startswith("Error: acme/large cannot be read from the Hub.\n")
+    assert "Run the same command again to go on" in ran.err
+    assert not (tmp_path / "out").exists()
+    hub.before_answers.remove(break_off)
+    disk.asked.clear()
+    receipt = json.loads(done(*arguments, "--json").out)
+    assert weight_files(tmp_path / "out") == weight_files(tmp_path / "here")
+    assert receipt["run"]["resumed"]["files"]
+    assert not set(receipt["run"]["resumed"]["files"]) & set(disk.asked)
+    assert {"model-00006-of-00007.safetensors", "model-00007-of-00007.safetensors"} <= set(disk.asked)
+    assert all(file["sha256"] for file in receipt["inputs"][0]["files"])
+    assert_no_leftovers(tmp_path)
+
+
+def test_a_streamed_shard_that_is_not_what_the_hub_states_is_refused(
+    hub: Hub, large: Path, lora: Path, command: Command, tmp_path: Path
+) -> None:
+    name = "model-00004-of-00007.safetensors"
+    damage(hub.repositories["acme/large"], name)
+    ran = command("merge", "acme/large", "--adapter", lora, "-o", tmp_path / "out", "--stream")
+    assert ran.status == 1
+    assert ran.err.startswith(f"Error: {name} was not downloaded as the Hub has it: its SHA-256 is another one.\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_dropped_connections_are_taken_up_where_they_broke_off(
+    hub: Hub, large: Path, lora: Path, done: Command, tmp_path: Path
+) -> None:
+    name = "model-00004-of-00007.safetensors"
+    done("merge", large, "--adapter", lora, "-o", tmp_path / "here")
+    done("merge", "acme/large", "--adapter", lora, "-o", tmp_path / "out", "--dry-run")
+    head = hub.sent_of(name)
+    hub.cut_next(name, 10_000, times=1)  # the head
+    hub.cut_next(name, 100, times=3)
+    done("merge", "acme/large", "--adapter", lora, "-o", tmp_path / "out", "--stream", "--as-is")
+    assert weight_files(tmp_path / "out") == weight_files(tmp_path / "here")
+    assert hub.sent_of(name) == 2 * head + (large / name).stat().st_size  # no byte was sent twice

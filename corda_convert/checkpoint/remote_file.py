@@ -18,7 +18,7 @@ class RemoteFile:
     Attributes:
         nbytes: its size, as the Hub states it.
         sha256: its digest, as the Hub states it; None for a file that is not stored with LFS.
-        read_range: fills a view with the bytes from an offset on.
+        read_range: gives the bytes from an offset on, so many, to a function, piece by piece.
         fetch: brings the whole file, and says where it lies.
         head: its first bytes: at least the header, where that is a valid one.
         is_awaited: whether a read waits for the whole file. Before a run a read asks for its bytes alone.
@@ -26,7 +26,7 @@ class RemoteFile:
 
     nbytes: int
     sha256: str | None
-    read_range: Callable[[int, memoryview], None]
+    read_range: Callable[[int, int, Callable[[bytes], None]], None]
     fetch: Callable[[], Path]
     head: bytes = b""
     is_awaited: bool = False
@@ -35,8 +35,15 @@ class RemoteFile:
         """Fills `view` with the bytes from `offset` on, without the whole file."""
         if offset + len(view) <= len(self.head):
             view[:] = self.head[offset : offset + len(view)]
-        else:
-            self.read_range(offset, view)
+            return
+        position = 0
+
+        def take(piece: bytes) -> None:
+            nonlocal position
+            view[position : position + len(piece)] = piece
+            position += len(piece)
+
+        self.read_range(offset, len(view), take)
 
 
 @dataclass(frozen=True, slots=True)

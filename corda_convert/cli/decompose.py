@@ -154,7 +154,8 @@ def decompose(model: Path, covariances: Path | None, **options: Any) -> None:
 def _decompose_from_cache(model: Path, covariances: Path | None, options: dict[str, Any]) -> None:
     """`decompose --from-cache`. Raises `click.UsageError` for options that would have no effect."""
     kept = {"mode", "rank", "alpha", "rslora", "from_cache", "output", "device", "dtype", "max_memory", "dry_run"}
-    kept |= {"overwrite", "push_to", "private", "as_json", "quiet", "verbose"}
+    kept |= {"overwrite", "stream", "push_to", "private", "revision", "create_pr", "commit_message"}
+    kept |= {"as_json", "quiet", "verbose"}
     without = {"method": "corda", "solver": "auto"}
     others = {name: value for name, value in options.items() if name not in kept} | {"cov": covariances}
     given = sorted(name for name, value in others.items() if value not in (None, False, (), without.get(name)))

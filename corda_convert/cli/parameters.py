@@ -114,6 +114,11 @@ def run_options(command: _Command) -> _Command:
         click.option("--max-memory", type=Size(), help="Most memory to use, the program included, such as 700MB."),
         click.option("--dry-run", is_flag=True, help="Plan and check everything; write nothing."),
         click.option("--overwrite", is_flag=True, help="Replace an output that corda-convert made."),
+        click.option(
+            "--stream",
+            is_flag=True,
+            help="Of a model on the Hub keep only a few files of weights on the disk at a time, beside the output.",
+        ),
         click.option("--push-to", metavar="REPO_ID", help="Publish the output to this Hub repository (owner/name)."),
         *_PUBLISHING,
         click.option("--json", "as_json", is_flag=True, help="Print the receipt as one JSON object on stdout."),

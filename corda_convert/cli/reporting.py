@@ -41,6 +41,7 @@ def run_options_of(options: dict[str, Any]) -> RunOptions:
         max_memory_bytes=options["max_memory"],
         dry_run=options["dry_run"],
         overwrite=options["overwrite"],
+        stream=options["stream"],
         push_to=options["push_to"],
         private=options["private"],
         revision=options["revision"],

@@ -38,6 +38,7 @@ from corda_convert.operations.options import Outcome, RunOptions
 from corda_convert.operations.peft_cache import check_cache_path, write_cache
 from corda_convert.operations.production import Input, Production, input_paths, produce
 from corda_convert.operations.rank_budget import choose_ranks, plan_first_pass, rank_bounds
+from corda_convert.operations.streaming import streamed_paths
 from corda_convert.operations.targets import (
     Chosen,
     Selection,
@@ -174,6 +175,11 @@ def _spend(work: _Work, targets: Sequence[Target], split: Split, warnings: tuple
     outcome = produce(planned, replace(work.run, dry_run=True))
     if work.run.dry_run:
         return outcome
+    if work.run.stream and streamed_paths(planned.inputs):
+        raise UnsupportedInput(
+            "--stream does not go with --rank-budget, which reads the model twice.",
+            next_step="Leave out --stream, or choose ranks with --rank and --rank-pattern.",
+        )
     fetch(input_paths(planned), progress=work.run.progress)
     choice = choose_ranks(targets, first.shares(split.mode), bounds, split.mode)
     ranked_targets = [target for target in targets if target.module_name in choice.ranks]

@@ -17,6 +17,7 @@ from corda_convert.checkpoint.remote_file import file_bytes
 from corda_convert.checkpoint.safetensors_file import SafetensorsFile
 from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorFile
 from corda_convert.distributed import Place, threads_of_this_process
+from corda_convert.hub_streaming import room_needed
 from corda_convert.operations import process_memory
 from corda_convert.operations.certificates import certificate_warnings
 from corda_convert.operations.covariance_warnings import covariance_warnings
@@ -28,6 +29,7 @@ from corda_convert.operations.remote_inputs import check_stated, described, stat
 from corda_convert.operations.resuming import check_unchanged, identify, plan_digest, take_over
 from corda_convert.operations.rounding import rounding_warnings
 from corda_convert.operations.sharing import check_agreement, run_shared
+from corda_convert.operations.streaming import check_streaming, streamed, streamed_paths
 from corda_convert.operations.transforms import CastTransform
 from corda_convert.operations.verbatim import VerbatimTransform
 from corda_convert.output import staging
@@ -161,6 +163,7 @@ def produce(production: Production, run: RunOptions, ahead: ReadAhead | None = N
     before.
     """
     ranks = run.ranks
+    check_streaming(run)
     is_first = ranks.place.rank == 0
     if is_first:
         staging.check_output(production.output, [source.path for source in production.inputs], overwrite=run.overwrite)
@@ -176,12 +179,15 @@ def produce(production: Production, run: RunOptions, ahead: ReadAhead | None = N
     engine.allow_open_files(plan)
     if is_first:
         side_bytes = sum(file.nbytes for file in production.side_files)
-        staging.check_space(production.output, plan.write_bytes + side_bytes - staging.held_bytes(production.output))
+        streamed_bytes = room_needed(streamed_paths(production.inputs)) if run.stream else 0
+        needed = plan.write_bytes + side_bytes + streamed_bytes
+        staging.check_space(production.output, needed - staging.held_bytes(production.output))
     receipt = _planned_receipt(production, plan, baseline)
     check_agreement(ranks, plan_digest(production, plan), device)
     if run.dry_run:
         return Outcome(production.output, plan, {**receipt, "dry_run": True}, warnings=production.warnings)
-    hub_reading.fetch(input_paths(production), progress=run.progress)
+    later = streamed_paths(production.inputs) if run.stream else []
+    hub_reading.fetch([path for path in input_paths(production) if path not in later], progress=run.progress)
     if not is_first:
         with ranks.leaving():
             run_shared(plan, ranks, device, show_progress=False, digests=digests)
@@ -231,9 +237,12 @@ def _fill(
 ) -> dict[str, Any]:
     begun = time.perf_counter()
     before = take_over(plan, folder)
-    with hashed_beside(production.inputs, plan, digests, before.inputs) as (beside, left):
+    with (
+        streamed(production.inputs if run.stream else (), plan, before.rest(), folder.parent) as watch,
+        hashed_beside(production.inputs, plan, digests, before.inputs) as (beside, left),
+    ):
         done = run_shared(
-            plan, run.ranks, device, show_progress=run.progress, digests=left, folder=folder, before=before
+            plan, run.ranks, device, show_progress=run.progress, digests=left, folder=folder, before=before, watch=watch
         )
         input_digests = {**beside.finish(), **done.inputs}
     for side_file in _side_files(production, plan):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from corda_convert import engine
+from corda_convert.checkpoint.remote_file import absent
 from corda_convert.errors import OutputRefused, UnsupportedInput
 from corda_convert.operations import process_memory
 from corda_convert.output.digests import SequentialDigest, WrittenDigest, file_sha256
@@ -87,6 +88,7 @@ def run_shared(
     digests: Mapping[Path, SequentialDigest],
     folder: Path | None = None,
     before: Before | None = None,
+    watch: engine.Watch | None = None,
 ) -> Done:
     """Runs this process's share of what is left of the plan. Rank 0 brings the folder, and what was done before.
 
@@ -106,12 +108,15 @@ def run_shared(
         _progress(plan, share, ranks, enabled=show_progress and rank == 0) as progress,
         Journal(journal_folder(task.folder) / f"{task.journal}-{rank:05}.jsonl") as journal,
     ):
-        record = engine.run(plan, task.folder, device, progress, digests, share=share, begun=begun, journal=journal)
+        record = engine.run(
+            plan, task.folder, device, progress, digests, share=share, begun=begun, journal=journal, watch=watch
+        )
     records = ranks.exchange(record)
     files = dict(task.files) | {file.name: file.sha256 for each in records for file in each.files}
     inputs = dict(task.inputs) | {path: digest for each in records for path, digest in each.input_digests.items()}
     left = sorted((file for file in plan.files if file.name not in files), key=lambda file: -file.nbytes)
     unread = engine.inputs_read_through(plan) - inputs.keys() if size > 1 or task.is_taken_over else set()
+    unread = {path for path in unread if absent(path) is None}  # of a streamed one the Hub's digest is known
     rest = ranks.exchange(
         (
             {file.name: engine.finish_file(plan, task.folder, file.name).sha256 for file in left[rank::size]},

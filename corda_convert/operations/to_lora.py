@@ -245,7 +245,7 @@ def _result(
 
 
 def _production(source: LoraSource, options: ToLoraOptions, run: RunOptions, output: Path) -> Production:
-    matrices = None if options.weight_by is None else read_covariances(Path(options.weight_by))
+    matrices = None if options.weight_by is None else read_covariances(located(options.weight_by, "covariance file"))
     weights = _covariances(source, matrices)
     device = run.torch_device()
     base = source.base if options.base is None else _name_of_base(options.base)
