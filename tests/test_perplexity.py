@@ -184,6 +184,12 @@ def test_other_families_have_transformers_loss_too(family: str, tmp_path: Path) 
     check(found, *sliding_loss(whole(folder), ids, 64, 40))
 
 
+def test_the_whole_model_at_once_gives_the_same_loss(done: Callable[..., Ran]) -> None:
+    arguments = ("perplexity", MODEL, "--data", ENGLISH, "--dtype", "float32", "--max-tokens", 700, "--device", "cpu")
+    by_block, at_once = (json.loads(done(*arguments, "--json", *extra).out) for extra in ((), ("--whole-model",)))
+    assert at_once["loss"] == pytest.approx(by_block["loss"], rel=1e-7)
+
+
 def test_the_command_prints_a_summary_or_one_object(done: Callable[..., Ran]) -> None:
     arguments = (
         "perplexity",

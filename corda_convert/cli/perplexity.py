@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     help="What the model computes in. [default: the checkpoint's own]",
 )
 @click.option("--offload", type=click.Path(path_type=Path), metavar="DIR", help="Keep hidden states in a file there.")
+@click.option("--whole-model", is_flag=True, help="Load all of the model, where its blocks cannot be run one by one.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")

@@ -15,6 +15,7 @@ from corda_convert.corpus.reading import read_documents, read_stream
 from corda_convert.corpus.tokenizers import read_tokenizer
 from corda_convert.corpus.windows import Window, sliding_windows
 from corda_convert.errors import CordaConvertError, MalformedFile, UnsupportedInput, raise_problems
+from corda_convert.hub_reading import fetch, located
 from corda_convert.operations.adapted import Adapted, adapted
 from corda_convert.operations.bases import read_base
 from corda_convert.operations.options import DTYPES, RunOptions
@@ -48,6 +49,7 @@ class PerplexityOptions:
         batch_tokens: windows of equal length are run together up to so many tokens.
         device, dtype: where and in what the model is run; dtype None for the checkpoint's own.
         offload: a folder for hidden states, instead of host memory.
+        whole_model: have all of the model on the device, for classes whose blocks cannot be run one by one.
         trust_remote_code: let code run that comes with the model.
         progress: show a progress bar on stderr.
     """
@@ -62,6 +64,7 @@ class PerplexityOptions:
     device: str = "auto"
     dtype: str | None = None
     offload: Path | None = None
+    whole_model: bool = False
     trust_remote_code: bool = False
     progress: bool = False
 
@@ -116,24 +119,31 @@ def perplexity(
     started = time.monotonic()
     raise_problems(_option_problems(corpus, options))
     device = RunOptions(device=options.device).torch_device()
-    base = read_base(Path(model), RunOptions())
+    adapters = [located(path, "adapter") for path in options.adapters]
+    init = [located(path, "initial adapter") for path in options.init]
+    base = read_base(located(model, "model"), RunOptions())
+    shards = [shard.path for shard in base.stored.shards]
     try:
+        if adapters:  # whose weights are compared with the model's
+            fetch(shards, progress=options.progress)
         found = adapted(
             base.readable,
-            options.adapters,
-            init=options.init,
+            adapters,
+            init=init,
             dtype=None if options.dtype is None else DTYPES[options.dtype],
             as_is=options.as_is,
             device=device,
         )
         architecture = build_model(found.checkpoint, options)
         text = read_text(found.checkpoint.root, corpus, options, architecture.model.config)
+        fetch(shards, progress=options.progress)
         losses = window_losses(
             architecture,
             text.windows,
             device=device,
             batch_tokens=options.batch_tokens,
             offload=options.offload,
+            whole_model=options.whole_model,
             progress=options.progress,
         )
     finally:

@@ -17,6 +17,7 @@ from corda_convert.errors import (
     raise_problems,
     some,
 )
+from corda_convert.hub_reading import located
 from corda_convert.plotting.heatmaps import Heatmap, covariances_figure
 from corda_convert.plotting.pictures import check_outputs, save
 
@@ -44,7 +45,7 @@ def plot_covs(
     different amounts of text compare. Raises a `CordaConvertError`; then nothing was written.
     """
     check_outputs(outputs, overwrite=overwrite)
-    files = [read_covariances(path) for path in paths]
+    files = [read_covariances(located(path, "covariance file")) for path in paths]
     try:
         chosen = _choose(files, layers)
         rows = [(layer, [_heatmap(file, layer, cells) for file in files]) for layer in chosen]

@@ -13,6 +13,7 @@ from corda_convert.checkpoint.names import NameMap
 from corda_convert.checkpoint.structure import read_structure
 from corda_convert.checkpoint.tensors import read_tensor
 from corda_convert.errors import CordaConvertError, InputNotFound, NotFinite, UnsupportedInput, raise_problems
+from corda_convert.hub_reading import fetch, located
 from corda_convert.operations.contexts import ContextMethod, Method
 from corda_convert.operations.options import resolve_device
 from corda_convert.operations.plot_covs import matching, middle_layers
@@ -71,11 +72,13 @@ def plot_spectrum(
     """
     check_outputs(outputs, overwrite=overwrite)
     device = resolve_device(options.device)
-    checkpoint = read_checkpoint(model)
+    covariances = None if covariances is None else located(covariances, "covariance file")
+    checkpoint = read_checkpoint(located(model, "model"))
     names = NameMap(checkpoint, read_structure(checkpoint.root, checkpoint.config, checkpoint.tensors))
     matrices = None if covariances is None else at_run_time(read_covariances(covariances), names)
     try:
         by_method = _targets(names, matrices, options)
+        fetch([shard.path for shard in checkpoint.shards], progress=False)
         spectra = [_spectrum(targets, matrices, options, device) for targets in by_method]
         cut = None if options.mode is None or options.rank is None else Cut(options.rank, options.mode)
         save(spectra_figure(spectra, cut), outputs)

@@ -17,6 +17,7 @@ from corda_convert.checkpoint.structure import read_structure
 from corda_convert.checkpoint.tensors import dtype_name
 from corda_convert.corpus.options import CorpusOptions
 from corda_convert.errors import CordaConvertError, InputNotFound, UnsupportedInput, raise_problems, some
+from corda_convert.hub_reading import fetch, located
 from corda_convert.operations.computed import with_computed
 from corda_convert.operations.contexts import Method
 from corda_convert.operations.decomposition import DecomposeTransform, Names
@@ -84,10 +85,12 @@ def truncation_sweep(
     """
     started = time.monotonic()
     device = resolve_device(measuring.device)
-    checkpoint = read_checkpoint(Path(model))
+    covariances = None if covariances is None else located(covariances, "covariance file")
+    checkpoint = read_checkpoint(located(model, "model"))
     try:
         sweep, warnings = _plan(checkpoint, covariances, options)
         text = read_text(checkpoint.root, corpus, measuring, build_model(checkpoint, measuring).model.config)
+        fetch([shard.path for shard in checkpoint.shards], progress=measuring.progress)
         points, whole = _measure(checkpoint, sweep, text, measuring, device)
     finally:
         checkpoint.close()
@@ -220,6 +223,7 @@ def _measure(
                 device=device,
                 batch_tokens=measuring.batch_tokens,
                 offload=measuring.offload,
+                whole_model=measuring.whole_model,
             )
         )
 

@@ -13,6 +13,7 @@ from corda_convert.corpus.windows import Window
 from corda_convert.errors import NotFinite, UnsupportedInput
 from corda_convert.streaming.architecture import Architecture
 from corda_convert.streaming.stream import Batch, LayerStream, make_batches
+from corda_convert.streaming.whole import run_whole
 
 if TYPE_CHECKING:
     import torch
@@ -41,19 +42,24 @@ def window_losses(
     device: torch.device,
     batch_tokens: int,
     offload: Path | None = None,
+    whole_model: bool = False,
     progress: bool = False,
 ) -> Losses:
     """Runs the windows through the model, block after block, and sums `−log p` of what they score, as transformers does.
 
-    Windows of equal length are run together up to `batch_tokens`. `offload` is a folder for the hidden states. Raises
-    `UnsupportedInput` for a model that does not predict the next token, and `NotFinite`.
+    Windows of equal length are run together up to `batch_tokens`. `offload` is a folder for the hidden states; with
+    `whole_model` there are none, and all of the model is on the device. Raises `UnsupportedInput` for a model that does not
+    predict the next token, and `NotFinite`.
     """
     from tqdm import tqdm
 
     check_is_causal(architecture.model)
     batches = make_batches([window.token_ids for window in windows], batch_tokens)
-    stream = LayerStream(architecture, batches, device=device, offload=offload)
     totals = [0.0] * len(windows)
+    if whole_model:
+        _score_whole(architecture, batches, windows, totals, device)
+        return _summed(windows, totals)
+    stream = LayerStream(architecture, batches, device=device, offload=offload)
     try:
         count = len(stream.blocks.modules)
         with tqdm(
@@ -68,7 +74,27 @@ def window_losses(
             bar.update()
     finally:
         stream.close()
-    return Losses(sum(totals), sum(window.scored for window in windows))
+    return _summed(windows, totals)
+
+
+def _summed(windows: Sequence[Window], totals: Sequence[float]) -> Losses:
+    return Losses(math.fsum(totals), sum(window.scored for window in windows))
+
+
+def _score_whole(
+    architecture: Architecture,
+    batches: Sequence[Batch],
+    windows: Sequence[Window],
+    totals: list[float],
+    device: torch.device,
+) -> None:
+    """Scores each batch with the logits that the whole model's forward gives."""
+    given: list[Tensor] = []
+    handle = architecture.model.register_forward_hook(lambda _module, _inputs, output: given.append(output.logits))
+    try:
+        run_whole(architecture, batches, device, lambda place: _score(given.pop(), batches[place], windows, totals))
+    finally:
+        handle.remove()
 
 
 def check_is_causal(model: Any) -> None:
