@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from corda_convert import hub
 from corda_convert.checkpoint.folder import (
     INDEX_FILE,
     PICKLED_INDEX_FILE,
@@ -30,6 +31,7 @@ from corda_convert.output.digests import file_sha256
 from corda_convert.output.side_files import is_carried
 
 if TYPE_CHECKING:
+    from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -103,10 +105,10 @@ class _Locating:
 
     def path(self) -> Path:
         """The folder or file in the cache."""
-        from huggingface_hub import HfApi
-
-        with reading_errors(self.asked, self.what):
-            client = HfApi(library_name="corda-convert")
+        with (
+            reading_errors(self.asked, self.what),
+            hub.connected(f"{self.asked} cannot be read from the Hub.") as client,
+        ):
             self.commit = client.model_info(self.asked.repo_id, revision=self.asked.revision).sha or "main"
             self.files = self._listed(client)
         self.root = _snapshot_folder(self.asked.repo_id, self.commit)
@@ -120,11 +122,9 @@ class _Locating:
         announce_folder(path, RemoteFolder(self.asked.revision or "main", chosen.left))
         return path
 
-    def _listed(self, client: object) -> dict[str, RepoFile]:
-        from huggingface_hub import HfApi
+    def _listed(self, client: HfApi) -> dict[str, RepoFile]:
         from huggingface_hub.hf_api import RepoFile
 
-        assert isinstance(client, HfApi)  # noqa: S101 - for the type alone
         tree = client.list_repo_tree(self.asked.repo_id, recursive=True, revision=self.commit)
         files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
         for name in files:
@@ -182,16 +182,17 @@ class _Locating:
         """Into the cache. The first one under the revision's own name, which the cache then knows, too."""
         from huggingface_hub import hf_hub_download
 
-        first, *rest = list(names) or [next(iter(self.files))]
-        revision = self.asked.revision or "main"
-        hf_hub_download(self.asked.repo_id, first, revision=revision, library_name="corda-convert")
+        wanted = list(names)
+        for first in wanted[:1]:
+            revision = self.asked.revision or "main"
+            hf_hub_download(self.asked.repo_id, first, revision=revision, library_name="corda-convert")
 
         def download(name: str) -> None:
             hf_hub_download(self.asked.repo_id, name, revision=self.commit, library_name="corda-convert")
             self._announce(name)
 
         with ThreadPoolExecutor(_CONNECTIONS) as pool:
-            for done in [pool.submit(download, name) for name in (first, *rest)]:
+            for done in [pool.submit(download, name) for name in wanted]:
                 done.result()
 
     def _with_shards(self, chosen: _Chosen) -> _Chosen:

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -363,6 +366,16 @@ def test_refusals_of_the_hub(
     assert text.endswith(advice)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model-00002-of-00003.safetensors"])
+def test_a_file_that_the_hub_does_not_give(
+    hub: Hub, base: Path, lora: Path, refusal: Callable[..., str], name: str
+) -> None:
+    hub.fail_next(name, status=403, times=99, message="no")
+    text = refusal("merge", BASE, "--adapter", lora)
+    assert text.startswith(f"{BASE} cannot be read from the Hub.\n")
+    assert text.endswith("Use a token that may read it: hf auth login")
+
+
 def test_parts_are_asked_for_again(hub: Hub, base: Path, lora: Path, done: Command, tmp_path: Path) -> None:
     hub.fail_next("00001-of-00003.safetensors", status=503, times=2, method="GET")
     hub.cut_next("00002-of-00003.safetensors", 100, times=2)
@@ -540,6 +553,27 @@ def test_a_lost_hub_stops_a_streamed_run_which_goes_on_later(
     assert not set(receipt["run"]["resumed"]["files"]) & set(disk.asked)
     assert {"model-00006-of-00007.safetensors", "model-00007-of-00007.safetensors"} <= set(disk.asked)
     assert all(file["sha256"] for file in receipt["inputs"][0]["files"])
+    assert_no_leftovers(tmp_path)
+
+
+def test_an_interrupted_streamed_run_goes_on(
+    hub: Hub, large: Path, lora: Path, disk: Disk, command: Command, done: Command, tmp_path: Path
+) -> None:
+    arguments = ("merge", "acme/large", "--adapter", lora, "-o", tmp_path / "out", "--stream", "--as-is")
+    done("merge", large, "--adapter", lora, "-o", tmp_path / "here")
+
+    def interrupt(request: Request) -> None:
+        if "00005" in request.path and disk.asked:
+            hub.before_answers.remove(interrupt)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    hub.before_answers.append(interrupt)
+    ran = command(*arguments)
+    assert ran.status == 130
+    assert not (tmp_path / "out").exists()
+    assert not [thread for thread in threading.enumerate() if thread.name == "downloads"]
+    done(*arguments)
+    assert weight_files(tmp_path / "out") == weight_files(tmp_path / "here")
     assert_no_leftovers(tmp_path)
 
 
