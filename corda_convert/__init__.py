@@ -15,13 +15,19 @@ from corda_convert.errors import CordaConvertError
 from corda_convert.version import __version__
 
 if TYPE_CHECKING:
+    from corda_convert.corpus.options import CorpusOptions
     from corda_convert.operations.decompose import DecomposeOptions, decompose
     from corda_convert.operations.from_cache import CacheOptions, decompose_from_cache
     from corda_convert.operations.inspect import Inspection, inspect
     from corda_convert.operations.merge import MergeOptions, merge
     from corda_convert.operations.options import Outcome, RunOptions
+    from corda_convert.operations.perplexity import Perplexity, PerplexityOptions, perplexity
+    from corda_convert.operations.plot_covs import plot_covs
+    from corda_convert.operations.plot_spectrum import SpectrumOptions, plot_spectrum
+    from corda_convert.operations.plot_truncation import plot_truncation
     from corda_convert.operations.push import push
     from corda_convert.operations.to_lora import ToLoraOptions, to_lora
+    from corda_convert.operations.truncation import TruncationOptions, truncation_sweep
     from corda_convert.operations.verify import Verification, VerifyOptions, verify
 
 _HOMES = {
@@ -36,6 +42,16 @@ _HOMES = {
     "to_lora": "operations.to_lora",
     "ToLoraOptions": "operations.to_lora",
     "push": "operations.push",
+    "CorpusOptions": "corpus.options",
+    "perplexity": "operations.perplexity",
+    "Perplexity": "operations.perplexity",
+    "PerplexityOptions": "operations.perplexity",
+    "plot_covs": "operations.plot_covs",
+    "plot_spectrum": "operations.plot_spectrum",
+    "SpectrumOptions": "operations.plot_spectrum",
+    "plot_truncation": "operations.plot_truncation",
+    "truncation_sweep": "operations.truncation",
+    "TruncationOptions": "operations.truncation",
     "verify": "operations.verify",
     "Verification": "operations.verify",
     "VerifyOptions": "operations.verify",
@@ -46,12 +62,17 @@ _HOMES = {
 __all__ = [
     "CacheOptions",
     "CordaConvertError",
+    "CorpusOptions",
     "DecomposeOptions",
     "Inspection",
     "MergeOptions",
     "Outcome",
+    "Perplexity",
+    "PerplexityOptions",
     "RunOptions",
+    "SpectrumOptions",
     "ToLoraOptions",
+    "TruncationOptions",
     "Verification",
     "VerifyOptions",
     "__version__",
@@ -59,8 +80,13 @@ __all__ = [
     "decompose_from_cache",
     "inspect",
     "merge",
+    "perplexity",
+    "plot_covs",
+    "plot_spectrum",
+    "plot_truncation",
     "push",
     "to_lora",
+    "truncation_sweep",
     "verify",
 ]
 
