@@ -181,7 +181,8 @@ def test_the_screen_of_a_residual_adapter(command: Command, at_root: None) -> No
         "           wrong: it was trained beside a residual. On the base, the part that the residual lacks is there "
         "twice. The residual as the served model would be right. → to-lora --init INIT makes it an ordinary LoRA for the "
         "base, of twice the rank",
-        "  then     vllm serve BASE --enable-lora --lora-modules NAME=fixtures/adapters/corda",
+        "  mend     corda-convert to-lora fixtures/adapters/corda --init fixtures/residual/corda_init --for vllm -o OUT",
+        "  then     vllm serve BASE --enable-lora --lora-modules NAME=OUT",
         "  next     corda-convert merge fixtures/residual --adapter fixtures/adapters/corda -o OUT",
         "           corda-convert merge BASE --adapter fixtures/adapters/corda --init fixtures/residual/corda_init -o OUT",
         "           corda-convert to-lora fixtures/adapters/corda --init fixtures/residual/corda_init -o OUT",
@@ -516,6 +517,30 @@ def test_the_commands_that_are_offered_run(done: Command, at_root: None, tmp_pat
         done(*words, "--dry-run")
 
 
+@pytest.mark.parametrize("server", ["vllm", "sglang", "llama.cpp"])
+@pytest.mark.parametrize("name", ["corda", "lora_patterns", "miss_bat", "lora_modules_to_save"])
+def test_what_mends_an_adapter_for_a_server_runs(
+    done: Command, at_root: None, tmp_path: Path, server: Any, name: str
+) -> None:
+    found = inspect(Path("fixtures/adapters") / name, server=server).facts["server"]
+    replaced = {"BASE": "fixtures/model", "RANK": "4", "OUT": str(tmp_path / "out")}
+    (mending,) = [[replaced.get(word, word) for word in text.split()[1:]] for text in found["mending"] or ["a b"]]
+    if found["takes_it"]:
+        assert (mending, "fixtures" in found["commands"][0]) == (["b"], True)
+        return
+    done(*mending)
+    assert (mending[0] == "merge") == (found["commands"] == []) == (name == "lora_modules_to_save")
+    if found["commands"]:
+        assert "OUT" in found["commands"][0]
+        assert inspect(tmp_path / "out", server=server).is_fine
+
+
+def test_one_module_is_named_with_its_layer(tmp_path: Path, command: Command) -> None:
+    modules = {"model.layers.7.experts.3.up_proj": (8, 8)}
+    lines = screen(command, write_lora(tmp_path / "{}*", modules, target_modules=["up_proj"]))
+    assert "  targets  model.layers.7.experts.3.up_proj (1 module)" in lines
+
+
 @pytest.mark.parametrize("server", ["vllm", "sglang", "llama.cpp", "peft"])
 @pytest.mark.parametrize(
     ("name", "options"),
@@ -642,7 +667,7 @@ def test_files_larger_than_memory_are_read_by_their_headers(tmp_path: Path) -> N
     ("modules", "text"),
     [
         (["lm_head"], "lm_head"),
-        (["model.layers.0.q_proj"], "model.layers.*.q_proj"),
+        (["model.layers.0.q_proj"], "model.layers.0.q_proj"),
         ([f"layers.{n}.{name}" for n in range(3) for name in ("v_proj", "q_proj")], "q,v × 3 layers"),
         ([f"layers.{n}.q_proj" for n in (1, 2, 4)], "q in layers 1–2, 4"),
         ([f"h.{n}.attn.c_attn" for n in range(2)], "c_attn × 2 layers"),

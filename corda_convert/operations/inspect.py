@@ -219,7 +219,7 @@ def _adapter(adapter: Adapter, path: Path, asked: _Asked) -> dict[str, Any]:
     if asked.base is not None:
         described["base"] = inspect_adapter.describe_base(adapter, facts, asked.base)
     if asked.server is not None:
-        described["server"] = inspect_adapter.describe_server(facts, asked.server, path)
+        described["server"] = inspect_adapter.describe_server(adapter, facts, asked.server, path)
     adapter.source.close()
     return {**described, "next": inspect_adapter.adapter_commands(adapter, facts, path)}
 

@@ -174,12 +174,15 @@ def describe_problem(problem: CordaConvertError) -> dict[str, Any]:
     return {"what": str(problem.what), "why": problem.why, "next_step": problem.next_step}
 
 
-def describe_server(facts: AdapterFacts, server: Server, path: Path) -> dict[str, Any]:
-    """What stands against serving the adapter as it is, and how the server takes it."""
+def describe_server(adapter: Adapter, facts: AdapterFacts, server: Server, path: Path) -> dict[str, Any]:
+    """What stands against serving the adapter as it is, what mends it, and how the server then takes it."""
     findings = check(facts, server)
+    obstacles = [finding for finding in findings if finding.is_obstacle]
+    is_mended = all(finding.fix is not None for finding in obstacles)
+    served = shlex.quote(str(path)) if not obstacles else "OUT"
     return {
         "name": server,
-        "takes_it": not any(finding.is_obstacle for finding in findings),
+        "takes_it": not obstacles,
         "findings": [
             {
                 "rule": finding.rule,
@@ -191,8 +194,19 @@ def describe_server(facts: AdapterFacts, server: Server, path: Path) -> dict[str
             }
             for finding in findings
         ],
-        "commands": list(flags(facts, server, shlex.quote(str(path)))),
+        "mending": _mending(adapter, facts, server, path, is_mended=is_mended) if obstacles else [],
+        "commands": list(flags(facts, server, served)) if is_mended else [],
     }
+
+
+def _mending(adapter: Adapter, facts: AdapterFacts, server: Server, path: Path, *, is_mended: bool) -> list[str]:
+    """The command that makes what the server takes: a LoRA, or else a merged model."""
+    offered = adapter_commands(adapter, facts, path)
+    if not is_mended:
+        return [command for command in offered if command.startswith("corda-convert merge BASE")][:1]
+    conversion = next(command for command in offered if command.startswith("corda-convert to-lora"))
+    asked = conversion if facts.mode else conversion.replace(" --rank RANK", "")
+    return [asked.replace(" -o OUT", f" --for {server} -o OUT")]
 
 
 def adapter_commands(adapter: Adapter, facts: AdapterFacts, path: Path) -> list[str]:

@@ -39,7 +39,7 @@ def _several(label: str, texts: Iterable[str]) -> list[str]:
 def _adapter(facts: Mapping[str, Any]) -> list[str]:
     lines = _several("rank", _ranks(facts))
     lines += _patterns(facts)
-    lines.append(_line("targets", f"{describe_groups(facts['targets'])} ({facts['modules']} modules)"))
+    lines.append(_line("targets", f"{describe_groups(facts['targets'])} ({_count(facts['modules'], 'module')})"))
     lines += _several("besides", _besides(facts))
     lines.append(_line("size", _size(facts)))
     if facts["init"] not in (None, "true") or facts["corda_method"]:
@@ -86,7 +86,7 @@ def _besides(facts: Mapping[str, Any]) -> Iterable[str]:
     if facts["biases"]:
         yield f"trained biases: {_cut(facts['biases'])}"
     if facts["lora_biases"]:
-        yield f"a bias of lora_B in {facts['lora_biases']} modules"
+        yield f"a bias of lora_B in {_count(facts['lora_biases'], 'module')}"
     for module, count in facts["trained_tokens"].items():
         yield f"{count} trained tokens of {module}"
     if facts["experts"]:
@@ -109,7 +109,7 @@ def _checkpoint(facts: Mapping[str, Any]) -> list[str]:
     if facts["initial_adapter"]:
         initial = facts["initial_adapter"]
         lines.append(_line("adapter", f"{initial['path']}: rank {_ranks(initial)[0]}"))
-        lines.append(_line("", f"{describe_groups(initial['targets'])} ({initial['modules']} modules)"))
+        lines.append(_line("", f"{describe_groups(initial['targets'])} ({_count(initial['modules'], 'module')})"))
     return lines
 
 
@@ -118,7 +118,7 @@ def _covariances(facts: Mapping[str, Any]) -> list[str]:
     held += [_count(facts["mean_abs"], "vector") + " of mean absolute inputs"] if facts["mean_abs"] else []
     held += [_count(facts["aliases"], "alias", "aliases")] if facts["aliases"] else []
     lines = [
-        _line("modules", f"{describe_groups(facts['targets'])} ({facts['modules']} modules)"),
+        _line("modules", f"{describe_groups(facts['targets'])} ({_count(facts['modules'], 'module')})"),
         _line("holds", ", ".join(held)),
         _line("inputs", ", ".join(f"{width} × {count}" for width, count in facts["inputs"].items())),
     ]
@@ -135,7 +135,7 @@ def _covariances(facts: Mapping[str, Any]) -> list[str]:
 
 def _cache(facts: Mapping[str, Any]) -> list[str]:
     return [
-        _line("modules", f"{describe_groups(facts['targets'])} ({facts['modules']} modules)"),
+        _line("modules", f"{describe_groups(facts['targets'])} ({_count(facts['modules'], 'module')})"),
         _line("rank", ", ".join(f"{rank} × {count}" for rank, count in facts["ranks"].items())),
         _line("size", f"{_dtypes(facts)}, {size(facts['bytes'])}"),
     ]
@@ -182,6 +182,7 @@ def _server(server: Mapping[str, Any]) -> list[str]:
         _line("", f"{found['severity']}: {found['what']}. {found['why']} → {found['how']}")
         for found in server["findings"]
     ]
+    lines += _several("mend", server["mending"])
     return lines + _several("start" if server["takes_it"] else "then", server["commands"])
 
 

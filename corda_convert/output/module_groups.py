@@ -61,7 +61,10 @@ def describe_groups(groups: Sequence[dict[str, Any]], most: int = 4) -> str:
 
 def _describe(group: dict[str, Any]) -> str:
     if group["count"] == 1:
-        return str(group["names"][0])
+        name = str(group["names"][0])
+        for numbers in group["indices"]:
+            name = name.replace("*", str(numbers[0]), 1)
+        return name
     ends = [name.rpartition(".")[2] if "*" in name else name for name in group["names"]]
     if all(end.endswith("_proj") for end in ends):
         ends = [end.removesuffix("_proj") for end in ends]
