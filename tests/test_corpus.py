@@ -293,6 +293,32 @@ def test_perplexity_reads_the_evaluation_part_of_a_preset_blank_lines_included(
         read_stream(CorpusOptions(preset="nqopen"), tokenizer, evaluation=True)
 
 
+@pytest.mark.parametrize("name", ["c4", "ptb"])
+def test_presets_that_name_their_files_read_those_of_each_part(
+    name: str, tokenizer: Any, tmp_path: Path, local_preset: Callable[..., None]
+) -> None:
+    import gzip
+
+    import pyarrow
+    from pyarrow import parquet
+
+    local_preset(name, {})
+    preset = presets.PRESETS[name]
+    for part in (preset.calibration, preset.evaluation):
+        assert part is not None and part.files is not None
+        path = tmp_path / name / part.files.replace("*", "0000")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = {preset.fields[0]: f"the {part.split} part"}
+        if path.suffix == ".gz":
+            path.write_bytes(gzip.compress(json.dumps(record).encode()))
+        else:
+            parquet.write_table(pyarrow.Table.from_pylist([record]), path)
+    options = CorpusOptions(preset=name)
+    assert read_samples(options, tokenizer) == tokenizer(["the train part"])["input_ids"]
+    expected = tokenizer("the validation part")["input_ids"]
+    assert read_stream(options, tokenizer, evaluation=True) == expected
+
+
 def test_a_preset_that_cannot_be_had_says_so(tokenizer: Any, local_preset: Callable[..., None]) -> None:
     local_preset("nqopen", {})
     with pytest.raises(InputNotFound, match="data set of the preset nqopen, cannot be loaded"):
