@@ -15,6 +15,7 @@ MOST_FILES = 3
 """So many are on the disk at once: one that is read, one that is about to be deleted, one that comes."""
 
 _HASHED_BYTES = 1 << 20
+_LONGEST_END_SECONDS = 2.0
 
 
 class Downloads:
@@ -51,7 +52,7 @@ class Downloads:
             yield
         finally:
             self.stop()
-            self._thread.join()
+            self._thread.join(_LONGEST_END_SECONDS)  # it may hang on a silent connection, and writes nothing more
             for path, remote in self._remotes.items():
                 remote.is_awaited, remote.fetch = False, before[path]
 

@@ -562,17 +562,21 @@ def test_an_interrupted_streamed_run_goes_on(
     arguments = ("merge", "acme/large", "--adapter", lora, "-o", tmp_path / "out", "--stream", "--as-is")
     done("merge", large, "--adapter", lora, "-o", tmp_path / "here")
 
+    over, ended_first = threading.Event(), []
+
     def interrupt(request: Request) -> None:
         if "00005" in request.path and disk.asked:
             hub.before_answers.remove(interrupt)
             os.kill(os.getpid(), signal.SIGINT)
+            ended_first.append(over.wait(20))  # the Hub says nothing until then
 
     hub.before_answers.append(interrupt)
     ran = command(*arguments)
+    over.set()
     assert ran.status == 130
     assert not (tmp_path / "out").exists()
-    assert not [thread for thread in threading.enumerate() if thread.name == "downloads"]
     done(*arguments)
+    assert ended_first == [True]
     assert weight_files(tmp_path / "out") == weight_files(tmp_path / "here")
     assert_no_leftovers(tmp_path)
 
