@@ -15,6 +15,7 @@ import queue
 import resource
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,14 @@ Progress = Callable[[str, int], None]
 
 class Watch(Protocol):
     """What is told how a run goes on, on the run's own threads."""
+
+    def beginning(self, number: int) -> None:
+        """A job of the plan is about to be read; returns once there is room for its outputs."""
+        ...
+
+    def finished(self, record: FileRecord) -> None:
+        """A file is whole and closed: it may go from the folder now."""
+        ...
 
     def written(self, number: int) -> None:
         """All outputs of a job of the plan are written, hashed and noted; nothing more is read for it."""
@@ -255,6 +264,7 @@ class _Run:
             digest.skip_head()
         self.facts: dict[str, Facts] = {}
         self.records: list[FileRecord] = []
+        self.unfinished = Counter(name for job in self.jobs for name in {name for name, _, _ in outputs(job)})
         self.seconds = {"read": 0.0, "compute": 0.0, "write": 0.0, "hash": 0.0}
         self.seconds_lock = threading.Lock()
         self.progress_lock = threading.Lock()
@@ -340,6 +350,8 @@ class _Run:
         place = itertools.count()
         ends = _last_reads(self.jobs)
         for number, job in zip(self.share.jobs, self.jobs, strict=True):
+            if self.watch is not None:
+                self.watch.beginning(number)
             if isinstance(job, CopyJob):
                 work = _Work(next(place), number, copy=job)
                 self.copies.put(work)
@@ -466,8 +478,11 @@ class _Run:
             if work.slot is not None:
                 self.free.put(work.slot)
         self._commit()
-        self.records = [
-            FileRecord(name, *writer.finish()) for name, writer in self.writers.items() if name in self.share.finishes
+        finished = {record.name for record in self.records}
+        self.records += [
+            FileRecord(name, *writer.finish())
+            for name, writer in self.writers.items()
+            if name in self.share.finishes - finished
         ]
 
     def _note(self, work: _Work) -> None:
@@ -490,8 +505,14 @@ class _Run:
     def _tell(self, work: _Work) -> None:
         """Tells the watch of a job whose last piece this is."""
         is_last = work.running is None or work.chunk is work.running.job.chunks[-1]
-        if self.watch is not None and is_last:
-            self.watch.written(work.number)
+        if self.watch is None or not is_last:
+            return
+        self.watch.written(work.number)
+        for name in {name for name, _, _ in outputs(self.plan.jobs[work.number])}:
+            self.unfinished[name] -= 1
+            if not self.unfinished[name] and name in self.share.finishes:
+                self.records.append(FileRecord(name, *self.writers[name].finish()))
+                self.watch.finished(self.records[-1])
 
     def _commit(self) -> None:
         if self.journal is not None:

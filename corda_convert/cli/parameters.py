@@ -117,7 +117,8 @@ def run_options(command: _Command) -> _Command:
         click.option(
             "--stream",
             is_flag=True,
-            help="Of a model on the Hub keep only a few files of weights on the disk at a time, beside the output.",
+            help="Of a model on the Hub keep only a few files of weights on the disk at a time, beside the output. "
+            "With --push-to: finished shards go up at once, and are not kept here.",
         ),
         click.option("--push-to", metavar="REPO_ID", help="Publish the output to this Hub repository (owner/name)."),
         *_PUBLISHING,

@@ -42,6 +42,11 @@ class PublishedFile:
     def is_weights(self) -> bool:
         return _WEIGHTS.fullmatch(self.name) is not None
 
+    @property
+    def path(self) -> Path | None:
+        """Where it lies, if it does."""
+        return self.content if isinstance(self.content, Path) else None
+
     def blob_id(self) -> str | None:
         """The git object id of a small file, None where there is no content to take it of."""
         if self.content is None:
@@ -73,6 +78,11 @@ def published_files(folder: Path, known: Mapping[str, str] | None = None) -> lis
         raise InputNotFound(f"{folder} holds no file to publish.", next_step="Name the folder that a conversion wrote.")
     with ThreadPoolExecutor() as pool:
         return list(pool.map(lambda name: _hashed(name, shown[name], (known or {}).get(name)), shown))
+
+
+def finished_file(name: str, path: Path, sha256: str) -> PublishedFile:
+    """A file whose digest is known, as it lies there now."""
+    return _hashed(name, path, sha256)
 
 
 def published_content(name: str, content: bytes) -> PublishedFile:

@@ -168,6 +168,36 @@ class Upload:
         # The client lets go of the content of what it has uploaded; a small text file waits for the commit instead.
         return [file.name for file in files if file.name not in new or new[file.name].path_or_fileobj == b""]
 
+    def adopt(self, files: Sequence[PublishedFile]) -> list[PublishedFile]:
+        """Takes up files that an earlier run has sent, and that are not here any more. Returns those that the Hub keeps."""
+        from huggingface_hub import CommitOperationAdd, constants
+        from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
+
+        kept = [file for file in files if self._is_there(file)]
+        asked = {
+            file.sha256: UploadInfo(size=file.nbytes, sample=b"", sha256=bytes.fromhex(file.sha256))
+            for file in files
+            if file not in kept
+        }
+        if not asked:
+            return kept
+        answers = post_lfs_batch_info(
+            asked.values(),
+            self._client.token if isinstance(self._client.token, str) else None,
+            constants.REPO_TYPE_MODEL,
+            self.destination.repo_id,
+            endpoint=self._client.endpoint,
+        )[0]
+        stored = {answer["oid"] for answer in answers if not answer.get("actions")}
+        for file in files:
+            if file.sha256 in asked and file.sha256 in stored:
+                addition = CommitOperationAdd(file.name, b"")
+                addition.upload_info = asked[file.sha256]
+                addition._upload_mode, addition._should_ignore, addition._is_uploaded = "lfs", False, True
+                self._additions[file.name] = addition
+                kept.append(file)
+        return kept
+
     def commit(self, files: Sequence[PublishedFile], *, description: str, source: str, retry: str) -> Publication:
         """Commits all files at once, and compares what the Hub then has with them."""
         changed = [file.name for file in files if file.is_changed()]
@@ -230,7 +260,11 @@ class Upload:
         from huggingface_hub import CommitOperationAdd
 
         if file.content is None:
-            raise PublishFailed(f"{file.name} is neither here nor on the Hub any more.", next_step="Make it again.")
+            raise PublishFailed(
+                f"{file.name} is neither here nor in {self.destination}.",
+                why="The folder was made with --stream, which leaves the weights on the Hub only.",
+                next_step="Run the command that made it again, without --stream or with --push-to this repository.",
+            )
         addition = CommitOperationAdd(file.name, file.content if isinstance(file.content, bytes) else str(file.content))
         addition.upload_info.sha256 = bytes.fromhex(file.sha256)  # else the client reads the file once more for it
         return addition

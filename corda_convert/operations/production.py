@@ -31,6 +31,7 @@ from corda_convert.operations.rounding import rounding_warnings
 from corda_convert.operations.sharing import check_agreement, run_shared
 from corda_convert.operations.streaming import check_streaming, streamed, streamed_paths
 from corda_convert.operations.transforms import CastTransform
+from corda_convert.operations.uploading import Uploading, begin_upload, going_on_later, room_for_output
 from corda_convert.operations.verbatim import VerbatimTransform
 from corda_convert.output import staging
 from corda_convert.output.digests import SequentialDigest, file_sha256
@@ -180,7 +181,8 @@ def produce(production: Production, run: RunOptions, ahead: ReadAhead | None = N
     if is_first:
         side_bytes = sum(file.nbytes for file in production.side_files)
         streamed_bytes = room_needed(streamed_paths(production.inputs)) if run.stream else 0
-        needed = plan.write_bytes + side_bytes + streamed_bytes
+        written_bytes = room_for_output(plan) if run.stream and destination is not None else plan.write_bytes
+        needed = written_bytes + side_bytes + streamed_bytes
         staging.check_space(production.output, needed - staging.held_bytes(production.output))
     receipt = _planned_receipt(production, plan, baseline)
     check_agreement(ranks, plan_digest(production, plan), device)
@@ -194,15 +196,20 @@ def produce(production: Production, run: RunOptions, ahead: ReadAhead | None = N
         ranks.exchange(None)
         return Outcome(production.output, plan, receipt, warnings=production.warnings)
     identity = identify(production, plan, device)
+    publication = None
     with (
         staging.staging_folder(production.output, identity, overwrite=run.overwrite) as folder,
         ranks.leaving(),
+        going_on_later() if run.stream else contextlib.nullcontext(),
     ):
-        receipt = _fill(production, plan, folder, device, run, receipt, digests)
+        side_files = [file.name for file in _side_files(production, plan)]
+        upload = begin_upload(destination if run.stream else None, production.command, plan, folder, side_files)
+        receipt = _fill(production, plan, folder, device, run, receipt, digests, upload)
         check_unchanged(production, identity["side files"])
+        if upload is not None:
+            publication = upload.commit(receipt)
     ranks.exchange(None)
-    publication = None
-    if destination is not None:
+    if destination is not None and publication is None:
         publication = publish(production.output, receipt, destination)
     return Outcome(production.output, plan, receipt, publication, tuple(receipt["warnings"]))
 
@@ -234,11 +241,13 @@ def _fill(
     run: RunOptions,
     receipt: dict[str, Any],
     digests: Mapping[Path, SequentialDigest],
+    upload: Uploading | None,
 ) -> dict[str, Any]:
     begun = time.perf_counter()
-    before = take_over(plan, folder)
+    before = take_over(plan, folder, None if upload is None else upload.before)
     with (
-        streamed(production.inputs if run.stream else (), plan, before.rest(), folder.parent) as watch,
+        streamed(production.inputs if run.stream else (), plan, before.rest(), folder.parent) as downloads,
+        contextlib.nullcontext(downloads) if upload is None else upload.running(before, downloads) as watch,
         hashed_beside(production.inputs, plan, digests, before.inputs) as (beside, left),
     ):
         done = run_shared(
@@ -260,6 +269,10 @@ def _fill(
     card = render_card(production.card, facts, repo_id=run.push_to, folder_name=production.output.name)
     (folder / "README.md").write_text(card, encoding="utf-8")
     facts["files"] = [_file_entry(folder, path, done.files) for path in sorted(_all_files(folder))]
+    if upload is not None:
+        facts |= upload.facts()
+        gone = [{"name": name, "bytes": size, "sha256": done.files[name]} for name, size in upload.sizes().items()]
+        facts["files"] = sorted([*facts["files"], *gone], key=lambda entry: str(entry["name"]))
     facts["run"] = {
         "device": str(device),
         "seconds": round(time.perf_counter() - begun, 3),

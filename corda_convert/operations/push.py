@@ -12,7 +12,7 @@ from corda_convert import hub
 from corda_convert.checkpoint.folder import RECEIPT_FILE
 from corda_convert.errors import InputNotFound, MalformedFile, PublishFailed, some
 from corda_convert.operations.published_names import named_for
-from corda_convert.output.receipt import read_receipt
+from corda_convert.output.receipt import read_receipt, streamed_files
 from corda_convert.output.summary import describe
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def push(
             why="Files were changed, added or removed after it was made.",
             next_step="Make it again.",
         )
-    return _publish(path, receipt, destination, named_for(repo_id, path, receipt, files))
+    files = named_for(repo_id, path, receipt, files)
+    return _publish(path, receipt, destination, [*files, *_only_on_the_hub(receipt, files)])
 
 
 def publish(folder: Path, receipt: Mapping[str, Any], destination: hub.Destination) -> hub.Publication:
@@ -72,10 +73,8 @@ def publish(folder: Path, receipt: Mapping[str, Any], destination: hub.Destinati
 def _publish(
     folder: Path, receipt: Mapping[str, Any], destination: hub.Destination, files: list[hub.PublishedFile]
 ) -> hub.Publication:
-    message = destination.message or f"{receipt.get('command')} with corda-convert"
-    return hub.push_folder(
-        folder, replace(destination, message=message), description=commit_description(receipt, destination), files=files
-    )
+    named = replace(destination, message=commit_message(destination, str(receipt.get("command"))))
+    return hub.push_folder(folder, named, description=commit_description(receipt, destination), files=files)
 
 
 def destination_of(run: RunOptions) -> hub.Destination | None:
@@ -83,6 +82,21 @@ def destination_of(run: RunOptions) -> hub.Destination | None:
     if run.push_to is None:
         return None
     return hub.Destination(run.push_to, run.private, run.revision, run.create_pr, run.commit_message)
+
+
+def _only_on_the_hub(receipt: Mapping[str, Any], files: list[hub.PublishedFile]) -> list[hub.PublishedFile]:
+    """The weights that `--stream` has left on the Hub only: they must be in the repository as the receipt has them."""
+    here = {file.name for file in files}
+    return [
+        hub.PublishedFile(str(entry["name"]), entry["bytes"], entry["sha256"], None)
+        for entry in receipt["files"]
+        if entry["name"] in streamed_files(receipt) and entry["name"] not in here
+    ]
+
+
+def commit_message(destination: hub.Destination, command: str) -> str:
+    """The first line of the commit: the user's, else one that names the command."""
+    return destination.message or f"{command} with corda-convert"
 
 
 def commit_description(receipt: Mapping[str, Any], destination: hub.Destination) -> str:
@@ -99,7 +113,8 @@ def altered_files(receipt: Mapping[str, Any], files: list[hub.PublishedFile]) ->
         return ["the receipt lists no files"]
     listed = {str(entry.get("name")): (entry.get("bytes"), entry.get("sha256")) for entry in entries}
     present = {file.name: file for file in files if file.name != RECEIPT_FILE}
-    differing = [f"{name} is missing" for name in listed if name not in present]
+    elsewhere = streamed_files(receipt)
+    differing = [f"{name} is missing" for name in listed if name not in present and name not in elsewhere]
     differing += [f"{name} was added" for name in present if name not in listed]
     differing += [
         f"{name} was changed"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ class Before:
         begun: files that are there, with the digests of what was written of them.
         facts: of finished jobs.
         inputs: digests of inputs that were read whole.
+        uploaded: files that are finished, and that only the Hub keeps.
     """
 
     plan: Plan
@@ -45,6 +46,7 @@ class Before:
     begun: Mapping[str, WrittenDigest]
     facts: Mapping[str, Facts]
     inputs: Mapping[str, str]
+    uploaded: Mapping[str, FileRecord] = field(default_factory=dict)
 
     def rest(self) -> tuple[int, ...]:
         """The jobs that are left."""
@@ -57,7 +59,7 @@ class Before:
             file.name: FileRecord(file.name, file.nbytes, sha256)
             for file in self.plan.files
             if file.name in self.begun and (sha256 := self.begun[file.name].hexdigest()) is not None
-        }
+        } | dict(self.uploaded)
 
     def receipt(self) -> Facts:
         """What was taken over, for the receipt; nothing where there was nothing."""
@@ -67,7 +69,7 @@ class Before:
         missing = {name for number in self.rest() for name, _, _ in outputs(self.plan.jobs[number])}
         return {
             "resumed": {
-                "files": sorted(self.begun.keys() - missing),
+                "files": sorted((self.begun.keys() | self.uploaded.keys()) - missing),
                 "tensors": sum(
                     len(job.names)
                     if isinstance(job, CopyJob)
@@ -79,23 +81,35 @@ class Before:
         }
 
 
-def take_over(plan: Plan, folder: Path) -> Before:
-    """What an earlier run has left in the folder and is as it was written; everything else in it is removed."""
+def take_over(plan: Plan, folder: Path, uploaded: Mapping[str, FileRecord] | None = None) -> Before:
+    """What an earlier run has left in the folder and is as it was written; everything else in it is removed.
+
+    `uploaded` are files of that run that are no longer there, but on the Hub. They count if nothing is left to write to them.
+    """
     files = {file.name: file for file in plan.files}
     kept = journal.take_over(journal_folder(folder), folder, {name: file.nbytes for name, file in files.items()})
     names = {name for name in kept.ranges if kept.holds(name, 0, len(files[name].header))}
     for path in [path for path in folder.rglob("*") if path.is_file()]:
         if path.relative_to(folder).as_posix() not in names:
             path.unlink()
-    jobs = frozenset(
-        number
-        for number, job in enumerate(plan.jobs)
-        if names
-        and (not isinstance(job, ComputeJob) or job.name in kept.facts)
-        and all(name in names and kept.holds(name, begin, end) for name, begin, end in outputs(job))
-    )
+    elsewhere = {name: record for name, record in (uploaded or {}).items() if name not in names}
+    while True:
+        jobs = frozenset(
+            number
+            for number, job in enumerate(plan.jobs)
+            if (names or elsewhere)
+            and (not isinstance(job, ComputeJob) or job.name in kept.facts)
+            and all(
+                name in elsewhere or (name in names and kept.holds(name, begin, end))
+                for name, begin, end in outputs(job)
+            )
+        )
+        left = {name for number, job in enumerate(plan.jobs) if number not in jobs for name, _, _ in outputs(job)}
+        if left.isdisjoint(elsewhere):
+            break
+        elsewhere = {name: record for name, record in elsewhere.items() if name not in left}
     begun = {name: kept.digests.get(name) or WrittenDigest(files[name].nbytes, is_broken=True) for name in names}
-    return Before(plan, jobs, begun, kept.facts, kept.inputs)
+    return Before(plan, jobs, begun, kept.facts, kept.inputs, elsewhere)
 
 
 def identify(production: Production, plan: Plan, device: torch.device) -> dict[str, str]:

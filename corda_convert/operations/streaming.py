@@ -12,7 +12,7 @@ from corda_convert.checkpoint.byte_file import ByteFile
 from corda_convert.checkpoint.dequantized import DequantizedFile
 from corda_convert.checkpoint.remote_file import absent
 from corda_convert.checkpoint.tensors import TensorFile
-from corda_convert.engine import Watch
+from corda_convert.engine import FileRecord, Watch
 from corda_convert.errors import UnsupportedInput
 from corda_convert.hub_streaming import Downloads
 from corda_convert.operations.options import RunOptions
@@ -70,6 +70,12 @@ class _Releasing:
         self._uses = uses
         self._left = Counter(path for paths in uses.values() for path in paths)
         self._opened = {file.path: file for file in map(_stored, files) if isinstance(file, ByteFile)}
+
+    def beginning(self, number: int) -> None:
+        """A read waits for its file by itself."""
+
+    def finished(self, record: FileRecord) -> None:
+        """What is written is no matter of downloads."""
 
     def written(self, number: int) -> None:
         for path in self._uses.pop(number, ()):

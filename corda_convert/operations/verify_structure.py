@@ -23,6 +23,7 @@ from corda_convert.checkpoint.safetensors_file import SafetensorsFile
 from corda_convert.checkpoint.tensors import TensorSpec
 from corda_convert.errors import CordaConvertError, MalformedFile, some
 from corda_convert.operations.verify_receipt import ListedTensor, Sealed
+from corda_convert.output.receipt import streamed_files
 
 
 @dataclass(slots=True)
@@ -70,8 +71,15 @@ def _check_presence(sealed: Sealed, found: Structure) -> Iterator[CordaConvertEr
             found.ignored.append(relative.as_posix())
         elif relative.as_posix() != RECEIPT_FILE:
             present.add(relative.as_posix())
-    for name in sorted(sealed.files.keys() - present):
+    elsewhere = streamed_files(sealed.receipt)
+    for name in sorted(sealed.files.keys() - present - elsewhere):
         yield MalformedFile(f"{name} is missing.", why="The copy or download is incomplete.")
+    if gone := sorted((sealed.files.keys() - present) & elsewhere):
+        yield MalformedFile(
+            f"{some(gone)} cannot be verified here.",
+            why="The folder was made with --stream: its shards are on the Hub only, as streamed_to in its receipt says.",
+            next_step="Download the repository (hf download REPO_ID --local-dir DIR) and verify that folder.",
+        )
     for name in sorted(present - sealed.files.keys()):
         yield MalformedFile(f"{name} was added: the receipt does not list it.", next_step="Remove it.")
     for name in sorted(present & sealed.files.keys()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,13 @@ def encode_receipt(receipt: dict[str, Any]) -> str:
 def write_receipt(folder: Path, receipt: dict[str, Any]) -> None:
     """Writes the receipt into its folder."""
     (folder / RECEIPT_FILE).write_text(encode_receipt(receipt), encoding="utf-8")
+
+
+def streamed_files(receipt: Mapping[str, Any]) -> frozenset[str]:
+    """The files that are listed, and that `--stream` has left on the Hub only."""
+    streamed = receipt.get("streamed_to")
+    names = streamed.get("files") if isinstance(streamed, dict) else None
+    return frozenset(str(name) for name in names) if isinstance(names, list) else frozenset()
 
 
 def read_receipt(folder: Path) -> dict[str, Any] | None:
