@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from corda_convert.adapters.source import CONFIG_FILE, AdapterSource
@@ -38,6 +39,11 @@ HARMLESS = frozenset({
 TRAINING_ONLY = ("lora_velora_embed",)
 """Ends of keys that PEFT saves for going on with the training; its merge ignores them."""
 
+_INITS = re.compile(
+    r"true|false|gaussian|orthogonal|eva|mica|olora|pissa|pissa_niter_\d+|corda|loftq|lora_ga", re.IGNORECASE
+)
+"""Ways of PEFT to begin."""
+
 
 def unsupported(source: AdapterSource) -> Iterator[CordaConvertError]:
     """Every option in the config that changes what the adapter does in a way that is not folded."""
@@ -50,6 +56,13 @@ def unsupported(source: AdapterSource) -> Iterator[CordaConvertError]:
             )
     if str(config.get("init_lora_weights")).lower() == "loftq":
         yield UnsupportedInput(f"{source.name} was initialized with LoftQ, which needs the quantized base.")
+    elif not _is_known_init(config.get("init_lora_weights")):
+        yield UnsupportedInput(
+            f"{source.name}: {CONFIG_FILE} says init_lora_weights={config['init_lora_weights']!r}, which this version does "
+            "not know.",
+            why="A training may have begun with factors that were taken out of the weights.",
+            next_step="If it did not, set init_lora_weights to true.",
+        )
     if config.get("use_dora") and config.get("lora_bias"):
         yield UnsupportedInput(f"{source.name} says both use_dora and lora_bias, which PEFT does not allow together.")
     unknown = [option for option, value in config.items() if value and option not in {*UNSUPPORTED, *READ, *HARMLESS}]
@@ -59,3 +72,7 @@ def unsupported(source: AdapterSource) -> Iterator[CordaConvertError]:
             why="They may change what the adapter does.",
             next_step="Remove those that do not from the config.",
         )
+
+
+def _is_known_init(init: object) -> bool:
+    return init is None or isinstance(init, bool) or (isinstance(init, str) and bool(_INITS.fullmatch(init)))

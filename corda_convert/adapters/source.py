@@ -98,7 +98,7 @@ def strip_key(name: str) -> str:
 def integer(config: dict[str, Any], key: str, default: int) -> int:
     """A positive integer of the config. Raises `AdapterMismatch`."""
     value = config.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= sys.maxsize:
         raise AdapterMismatch(f"{CONFIG_FILE}: {key} is {value!r}, a positive integer was expected.")
     return value
 

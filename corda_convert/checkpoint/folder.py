@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -122,6 +123,8 @@ def missing_path(path: Path, what: str) -> InputNotFound:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object. Raises `InputNotFound` or `MalformedFile`."""
     try:
+        if path.exists() and not path.is_file():  # to read a pipe or a device may never end
+            raise IsADirectoryError(errno.EISDIR, "it is no file")
         parsed = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputNotFound(f"No such file: {path}") from None

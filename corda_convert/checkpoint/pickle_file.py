@@ -196,6 +196,13 @@ def _place(path: Path, name: str, tensor: torch.Tensor, storages: dict[int, Exte
             why="The file is damaged.",
             next_step="Get the file again from where it came.",
         )
+    declared = int(tensor.untyped_storage().nbytes())
+    if storage.nbytes != declared:
+        raise MalformedFile(
+            f"{path}: the storage of {name} has {storage.nbytes:,} bytes; its description says {declared:,}.",
+            why="The file is damaged.",
+            next_step="Get the file again from where it came.",
+        )
     return placed
 
 
@@ -205,6 +212,7 @@ def _read_archive(path: Path) -> tuple[io.BytesIO, dict[int, Extent]]:
         raise _unsafe(path, "it is no zip archive, which torch.save writes since torch 1.6")
     skeleton = io.BytesIO()
     places: dict[str, Extent] = {}
+    described = 0
     with zipfile.ZipFile(path) as archive, path.open("rb") as stream, zipfile.ZipFile(skeleton, "w") as emptied:
         entries = {entry.filename: entry for entry in archive.infolist()}
         if len(entries) != len(archive.infolist()):
@@ -215,9 +223,13 @@ def _read_archive(path: Path) -> tuple[io.BytesIO, dict[int, Extent]]:
                 places[name] = _data_extent(path, stream, entry)
                 emptied.writestr(name, b"")
             elif record != ".format_version":  # with it, torch guesses offsets from sizes
-                if entry.file_size > MAX_HEADER_BYTES:
+                described += entry.file_size
+                if described > MAX_HEADER_BYTES:
                     raise _unsafe(path, f"its record {name} has {entry.file_size:,} bytes")
-                emptied.writestr(name, archive.read(entry))
+                content = archive.read(entry)
+                if b"\nbytearray\n" in content:  # of any length that it says
+                    raise _unsafe(path, "it holds a bytearray")
+                emptied.writestr(name, content)
         if any(archive.read(name) != sys.byteorder.encode() for name in entries if name.endswith("/byteorder")):
             raise MalformedFile(f"{path} was written on a machine with another byte order.")
     with zipfile.ZipFile(skeleton) as emptied:

@@ -12,7 +12,7 @@ from corda_convert.checkpoint.covariances import Covariances
 from corda_convert.checkpoint.names import NameMap
 from corda_convert.checkpoint.structure import CLASSIFIER_HEADS, ModelStructure
 from corda_convert.checkpoint.tensors import COMPUTABLE_DTYPES, TensorRef
-from corda_convert.errors import CordaConvertError, CovarianceMismatch, UnsupportedInput
+from corda_convert.errors import CordaConvertError, CovarianceMismatch, MalformedFile, UnsupportedInput
 from corda_convert.operations.contexts import Method
 
 ALL_LINEAR = "all-linear"
@@ -268,7 +268,10 @@ def _find(names: NameMap, module: str, mistaken: frozenset[str]) -> Target | Cor
             next_step="Leave it out with --exclude.",
         )
     layout: Layout = "in_out" if found.kind == "conv1d" else "out_in"
-    return Target(module, names.checkpoint.tensors[found.tensor_name], layout)
+    weight = names.checkpoint.tensors[found.tensor_name]
+    if len(weight.shape) != 2:
+        raise MalformedFile(f"{found.tensor_name} is {weight.shape}; the weight of a Linear layer is a matrix.")
+    return Target(module, weight, layout)
 
 
 def _sharing(names: NameMap, module: str) -> list[str]:

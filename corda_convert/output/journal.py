@@ -7,6 +7,7 @@ reached the disk is worth nothing and does no harm.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -78,7 +79,16 @@ class Journal:
 
 
 def _encode(note: Mapping[str, Any]) -> str:
-    return json.dumps(note, separators=(",", ":"), ensure_ascii=False) + "\n"
+    """The note as a line with its own digest, by which a damaged one is known."""
+    return _text({**note, "digest": _digest(note)}) + "\n"
+
+
+def _digest(note: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_text(note).encode()).hexdigest()
+
+
+def _text(note: Mapping[str, Any]) -> str:
+    return json.dumps(note, separators=(",", ":"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,18 +139,19 @@ def take_over(journals: Path, folder: Path, sizes: Mapping[str, int]) -> Kept:
 
 def _paths(journals: Path) -> list[Path]:
     """The journals in the order of their runs."""
-    return sorted(journals.glob(f"*{SUFFIX}"), key=lambda path: (path.name != _CARRIED, path.name))
+    found = (path for path in journals.glob(f"*{SUFFIX}") if path.is_file())
+    return sorted(found, key=lambda path: (path.name != _CARRIED, path.name))
 
 
 def _notes(path: Path) -> Iterable[dict[str, Any]]:
-    """The journal's notes up to the first that was not written whole."""
+    """The journal's notes up to the first that is not as it was written."""
     with path.open(encoding="utf-8", errors="replace") as stream:
         for line in stream:
             try:
                 note = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return
-            if not isinstance(note, dict) or not note.keys() >= {"marks", "facts", "inputs"}:
+            if not isinstance(note, dict) or note.pop("digest", None) != _digest(note):
                 return
             yield note
 

@@ -204,9 +204,10 @@ def _begin(work: Path, identity: Mapping[str, str] | None, *, overwrite: bool) -
 
 def _identity(work: Path) -> dict[str, str]:
     """What the folder's content was made for; nothing where that is not known."""
+    path = work / _IDENTITY_FILE
     try:
-        found = json.loads((work / _IDENTITY_FILE).read_text("utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(path.read_text("utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
         return {}
     identity = found.get("identity") if isinstance(found, dict) else None
     return identity if isinstance(identity, dict) and (work / "output").is_dir() else {}
