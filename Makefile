@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help demo test kills lint check format benchmarks clean
+.PHONY: help demo test test-long fuzz lint check format benchmarks clean
 
 help:
 	@echo "make demo        decompose, train, convert and merge the fixture model, and compare every station"
 	@echo "make test        the tests"
-	@echo "make kills       200 runs of each kind, killed at random moments and gone on with (minutes)"
+	@echo "make test-long   200 runs of each kind killed at random moments, 20,000 damaged files (20 minutes)"
+	@echo "make fuzz        damaged files guided by coverage, where atheris is installed (10 minutes)"
 	@echo "make check       format, lint, types, import layers and tests: before every commit"
 	@echo "make benchmarks  ours beside PEFT's (minutes; see benchmarks/README.md)"
 	@echo "make clean       remove the environment and all that was made"
@@ -28,8 +29,13 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
-kills: $(READY)
-	CORDA_CONVERT_KILLS=200 $(BIN)/python -m pytest tests/test_resume.py -k killed
+test-long: $(READY)
+	CORDA_CONVERT_KILLS=200 $(BIN)/python -m pytest -v -n auto --maxprocesses 8 tests/test_resume.py -k killed
+	CORDA_CONVERT_FUZZ=20000 $(BIN)/python -m pytest -v -n auto --maxprocesses 8 tests/test_fuzz.py
+	$(BIN)/python tests/fuzzing/coverage_guided.py --seconds 120
+
+fuzz: $(READY)
+	$(BIN)/python tests/fuzzing/coverage_guided.py --seconds 600
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

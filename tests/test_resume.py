@@ -66,6 +66,7 @@ COMMANDS: dict[str, list[str]] = {
     "merge": ["merge", "MODEL", "--adapter", str(ADAPTERS / "lora")],
     "merge to pth": ["merge", "MODEL", "--adapter", str(ADAPTERS / "lora"), "--format", "pth"],
     "decompose": ["decompose", "MODEL", "--cov", str(COVARIANCES), "--mode", "kpm", "--rank", "4"],
+    "to-lora": ["to-lora", str(ADAPTERS / "lora"), "--rank", "4"],
 }
 
 
