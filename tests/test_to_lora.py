@@ -644,6 +644,28 @@ def test_bat_is_the_best_lora_of_the_rank(tmp_path: Path) -> None:
         assert missed <= float((B @ A - change).norm()) * (1 + 1e-6)
 
 
+def test_bat_blocks_scaled_and_in_sums_are_the_best_lora_of_the_rank(base: Path, tmp_path: Path) -> None:
+    one, two = (
+        write_adapter(
+            tmp_path / f"bat{seed}",
+            {f"base_model.model.{name}.miss_block": random(shape[0] // 4, 4, 4, seed=seed + n)
+             for n, (name, shape) in enumerate(LINEARS.items())},
+            {"peft_type": "MISS", "r": 4, "init_weights": "bat", "target_modules": NAMES},
+        )
+        for seed in (1, 100)
+    )  # fmt: skip
+    lora = write_lora(tmp_path / "lora", {UP: LINEARS[UP]}, target_modules=["up_proj"], layers_to_transform=[1])
+    changes = [deltas(base, folder) for folder in (one, two, lora)]
+    for scales, adapters in (((0.5,), [one]), ((-1.5, 1, 2), [one, two, lora]), ((2, 1), [lora, one])):
+        taken = [changes[(one, two, lora).index(folder)] for folder in adapters]
+        out = tmp_path / f"out{len(adapters)}"
+        to_lora(adapters, output=out, options=ToLoraOptions(base=str(base), scales=scales, rank=5))
+        for name, actual in deltas(base, out).items():
+            exact = sum(scale * change[name] for scale, change in zip(scales, taken, strict=True) if name in change)
+            best = float(torch.linalg.svdvals(exact)[5:].norm())
+            assert float((actual - exact).norm()) == pytest.approx(best, rel=1e-5)
+
+
 def test_bat_needs_a_rank_and_blocks_their_base(refusal: Refusal, base: Path, tmp_path: Path) -> None:
     assert "depends on the weight (bat) and has full rank" in refusal("to-lora", ADAPTERS / "miss_bat", "--base", MODEL)
     adapter = write_miss(tmp_path / "miss")

@@ -27,7 +27,8 @@ from corda_convert.operations.edits import Applied, Fitted
 from corda_convert.operations.initials import assign
 from corda_convert.operations.lora_blocks import BatChange, block_module
 from corda_convert.operations.lora_brought import brought_warnings, without_known_weights
-from corda_convert.operations.lora_dense import Difference
+from corda_convert.operations.lora_dense import Difference, added
+from corda_convert.operations.lora_dense import scaled as scaled_change
 from corda_convert.operations.lora_description import (
     base_name,
     config_of,
@@ -38,7 +39,7 @@ from corda_convert.operations.lora_description import (
     tokenizers,
     warnings_of,
 )
-from corda_convert.operations.lora_modules import Carried, LoraModule, LoraSource, Summand
+from corda_convert.operations.lora_modules import Carried, DenseChange, LoraModule, LoraSource, Summand
 from corda_convert.operations.lora_parameters import check_alike, parameter_module, place_of, rewrapped
 from corda_convert.operations.options import RunOptions
 from corda_convert.operations.remote_inputs import unread_weights
@@ -293,15 +294,8 @@ def _gather(
                     why="The adapters are for different models.",
                 )
             )
-        elif own.dense is not None or before.dense is not None:
-            gathered.problems.append(
-                UnsupportedInput(
-                    f"{part.name}: bat blocks depend on the weight, and are converted alone.",
-                    next_step="Convert the bat adapter first, and then combine the LoRA.",
-                )
-            )
         else:
-            gathered.modules[place] = replace(before, summands=(*before.summands, *own.summands))
+            gathered.modules[place] = added(before, own)
     for carried in _carried(adapter, part, gathered, is_alone=is_alone):
         before_it = gathered.carried.setdefault(carried.name, carried)
         if before_it is not carried and not same_values(before_it.ref, carried.ref):
@@ -338,14 +332,14 @@ def _modules(
     seen: set[str] = set()
     for change in adapter.modules:
         if isinstance(change, BlockFactors):
-            dense = None
+            dense: DenseChange | None = None
             if change.depends_on_weight:
-                if change.module_name not in weights or part.scale != 1.0:
-                    gathered.problems.append(_no_weight(change, part, given))
+                if change.module_name not in weights:
+                    gathered.problems.append(_no_weight(change, given))
                     continue
-                dense = BatChange(change.block, *weights[change.module_name])
+                dense = scaled_change(BatChange(change.block, *weights[change.module_name]), part.scale)
             shape = fitted[change.module_name].target.shape
-            yield block_module(change, (shape[0], shape[1]), dense, part.scale)
+            yield block_module(change, (shape[0], shape[1]), dense, part.scale if dense is None else 1.0)
         elif isinstance(change, ParameterFactors):
             if residual is not None:
                 gathered.problems.append(_no_difference(change))
@@ -364,7 +358,7 @@ def _modules(
             lost = None
             if residual is not None and change.module_name not in adapter.bases:
                 if change.module_name not in weights:
-                    gathered.problems.append(_no_weight(change, part, given))
+                    gathered.problems.append(_no_weight(change, given))
                     continue
                 lost = _lost(change, weights, residual, gathered)
             yield LoraModule(
@@ -415,11 +409,7 @@ def _lost(change: LoraFactors, weights: Mapping[str, Any], residual: Residual, g
     return Difference(own, weight, layout)
 
 
-def _no_weight(change: ParameterChange, part: Part, given: Given) -> CordaConvertError:
-    if part.scale != 1.0:
-        return UnsupportedInput(
-            f"{part.name}: bat blocks depend on the weight and cannot be taken {part.scale:g} times."
-        )
+def _no_weight(change: ParameterChange, given: Given) -> CordaConvertError:
     name = "the base" if given.base is None else given.base.name
     return UnsupportedInput(
         f"{change.module_name}: its weight does not lie in {name} as one matrix, from which its change could be computed.",

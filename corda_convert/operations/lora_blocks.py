@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from corda_convert.adapters.factors import Layout
 from corda_convert.adapters.miss import BlockFactors
 from corda_convert.checkpoint.tensors import TensorFile, TensorRef, TensorSpec, read_tensor, torch_dtype
-from corda_convert.operations.lora_modules import LoraModule, Summand
+from corda_convert.operations.lora_modules import DenseChange, LoraModule, Summand
 from corda_convert.plan.packing import row_blocks
 
 if TYPE_CHECKING:
@@ -123,7 +123,9 @@ class BatChange:
         return change
 
 
-def block_module(factors: BlockFactors, shape: tuple[int, int], dense: BatChange | None, scaling: float) -> LoraModule:
+def block_module(
+    factors: BlockFactors, shape: tuple[int, int], dense: DenseChange | None, scaling: float
+) -> LoraModule:
     """The module of a block: exact factors, or for bat what its rank is chosen of."""
     summands = () if dense is not None else (block_summand(factors, shape),)
     name = factors.module_name

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from corda_convert.checkpoint.tensors import TensorRef, TensorSpec, read_tensor
 from corda_convert.errors import CovarianceMismatch, NotFinite
 from corda_convert.operations.lora_join import check_finite, out_of_range
-from corda_convert.operations.lora_modules import LoraModule
+from corda_convert.operations.lora_modules import DenseChange, LoraModule
 from corda_convert.plan.model import Facts, Session
 
 if TYPE_CHECKING:
@@ -74,7 +74,11 @@ class ReduceTransform:
             from corda_convert.linalg.subspace import workspace_elements
 
             rank = self.module.dense_rank or self.rank
-            elements += d_out * d_in + workspace_elements((d_out, d_in), rank, "top", "auto")
+            elements += (
+                2 * d_out * d_in
+                + _factor_elements(self.module.dense)
+                + workspace_elements((d_out, d_in), rank, "top", "auto")
+            )
         return 8 * elements
 
     def begin(self, device: torch.device) -> Session:
@@ -220,6 +224,11 @@ class _ReduceSession:
 
     def facts(self) -> Facts:
         return self.result
+
+
+def _factor_elements(dense: DenseChange) -> int:
+    """Numbers of the factors that a sum with a dense change takes to float64."""
+    return sum(ref.spec.elements for name, ref in dense.operands.items() if "lora_" in name)
 
 
 def _ends(spectrum: Tensor, rank: int) -> dict[str, float | None]:
