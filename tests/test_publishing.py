@@ -339,7 +339,7 @@ def test_the_example_workflow_is_started_by_hand_and_its_commands_parse() -> Non
     assert "secrets." not in text.replace("${{ secrets.HF_TOKEN }}", "")
     commands = [line for step in steps for line in str(step.get("run", "")).splitlines() if "corda-convert" in line]
     commands += re.findall(r"^corda-convert .*", (ROOT / "docs/publishing.md").read_text(), re.M)
-    assert {shlex.split(command)[1] for command in commands} >= {"merge", "push"}
+    assert {shlex.split(command)[1] for command in commands} >= {"merge", "verify", "push"}
     for command in commands:
         _, name, *arguments = shlex.split(command.partition(" > ")[0])
         with cli.commands[name].make_context(name, arguments):

@@ -167,9 +167,8 @@ def _adapter_card(checkpoint: Checkpoint, options: DecomposeOptions, residual_na
         relation="adapter",
         tags=(_TAGS[options.method],),
     )
-    shown = (
-        Path(residual_name).name if Path(residual_name).is_absolute() else residual_name
-    )  # a card holds no absolute path
+    # A card holds no absolute path.
+    shown = Path(residual_name).name if Path(residual_name).is_absolute() else residual_name
     residual = json.dumps(shown, ensure_ascii=False)
     return replace(card, library_name="peft", snippet=ADAPTER_SNIPPET.replace("RESIDUAL", residual))
 
