@@ -93,6 +93,9 @@ def collect(model: Path | None, **options: Any) -> None:
     Example:
       corda-convert collect fixtures/model --data fixtures/data/task.jsonl --field question --field answer \\
         --no-pack --samples 64 -o covs.safetensors
+
+    \b
+    PEFT's covariance_file, without running anything:
       corda-convert collect --from-peft fixtures/covariances/task.peft.pt -o task.safetensors
     """
     if options["from_peft"] is not None:
