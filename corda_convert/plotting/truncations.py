@@ -29,6 +29,8 @@ class TruncationCurves:
 
 def truncation_figure(panels: Sequence[TruncationCurves]) -> Figure:
     """A panel for each text, a curve for each method; logarithmic from a factor of 5 between ends on."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     with drawing():
         figure, axes = new_figure(1, len(panels), width=1.0 + 3.8 * len(panels), height=3.6)
         labels = list(dict.fromkeys(label for panel in panels for label in panel.curves))
@@ -50,7 +52,9 @@ def truncation_figure(panels: Sequence[TruncationCurves]) -> Figure:
                 ax.axhline(panel.whole, color="#555555", linewidth=1, label="nothing discarded")
             if max(values) > 5 * min(values):
                 ax.set_yscale("log")
-                ax.grid(visible=True, which="minor", alpha=0.15)
+                ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                ax.yaxis.set_major_formatter("{x:,.6g}")
+                ax.yaxis.set_minor_formatter(NullFormatter())
             ax.set_title(panel.text)
             ax.set_xlabel("smallest components discarded in each layer")
         axes[0][0].set_ylabel("perplexity")
