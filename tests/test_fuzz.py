@@ -17,6 +17,7 @@ from fuzzing.workspace import TARGETS, Workspace, bounded_memory
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
+from corda_convert.adapters.patterns import is_quick
 from corda_convert.output.digests import WrittenDigest
 from corda_convert.output.journal import Journal, take_over
 
@@ -146,3 +147,29 @@ def test_a_storage_of_another_length_than_described_is_refused(command: Command,
     ran = command("inspect", path)
     assert ran.status == 1
     assert f"the storage of {UP} has 68 bytes; its description says 64" in ran.err
+
+
+SLOW = ("([a-z0-9_.]+)*!", "(a|a)*x", "(?:a?){40}x", "((.*))+x", ".*.*.*.*x", "(q*)*?x", r"(\w+\.)+x")
+QUICK = (
+    "q_proj",
+    r"layers\.[0-9]+\.mlp",
+    "(q|k)_proj",
+    r".*\.(up|down)_proj",
+    r"(model\.)?layers\.(1[0-9]|2)\..*",
+    "[(*+]+a",
+)
+
+
+@pytest.mark.parametrize("pattern", SLOW)
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_could_match_for_ever_is_refused(
+    refusal: Refusal, tmp_path: Path, pattern: str, option: str
+) -> None:
+    lora = write_lora(tmp_path / "lora", **{option: {pattern: 4}})
+    message = refusal("merge", write_checkpoint(tmp_path / "model"), "--adapter", lora)
+    assert message.startswith(f"adapter_config.json: to match the pattern {pattern!r} could take for ever.")
+
+
+@pytest.mark.parametrize("pattern", QUICK)
+def test_the_usual_patterns_are_quick(pattern: str) -> None:
+    assert is_quick(pattern)

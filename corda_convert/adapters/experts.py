@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from corda_convert.adapters.expert_columns import HeldColumns
 from corda_convert.adapters.factors import Block, Layout, RowFold, UsualChange
 from corda_convert.adapters.lora import LoraFactors, LoraScaling, initialization
+from corda_convert.adapters.patterns import check_pattern
 from corda_convert.adapters.source import CONFIG_FILE, AdapterSource
 from corda_convert.checkpoint.names import Target
 from corda_convert.checkpoint.tensors import TensorRef
@@ -267,6 +268,7 @@ def _is_target_module(config: Mapping[str, Any], module: str) -> bool:
     """Whether `target_modules` means the module, so that it is no module of targeted parameters."""
     targets = config.get("target_modules") or ()
     if isinstance(targets, str):
+        check_pattern(targets, most=8)
         try:
             return re.fullmatch(targets, module) is not None
         except re.error:

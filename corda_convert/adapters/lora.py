@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from corda_convert.adapters.factors import Additive, Block, Initialization, Layout, UsualChange
+from corda_convert.adapters.patterns import check_pattern
 from corda_convert.adapters.source import CONFIG_FILE, integer, number
 from corda_convert.checkpoint.layout import matrix_shape
 from corda_convert.checkpoint.names import Target
@@ -261,6 +262,8 @@ def read_scaling(config: dict[str, Any]) -> LoraScaling:
     alpha_pattern = config.get("alpha_pattern") or {}
     if not isinstance(rank_pattern, dict) or not isinstance(alpha_pattern, dict):
         raise AdapterMismatch(f"{CONFIG_FILE}: rank_pattern and alpha_pattern must be objects.")
+    for pattern in (*rank_pattern, *alpha_pattern):
+        check_pattern(pattern)
     return LoraScaling(
         rank=integer(config, "r", 8),
         alpha=number(config, "lora_alpha", 8),
