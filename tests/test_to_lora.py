@@ -409,6 +409,34 @@ def test_weighted_by_covariances_the_outputs_error_is_the_least(base: Path, tmp_
         assert told[name]["error"] >= facts(plain.receipt)[name]["error"] * (1 - 1e-9)
 
 
+@pytest.mark.parametrize("options", [("--rank", 2), ("--energy", 0.9)])
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (
+            lambda x: (x.T @ x).tril(),
+            "What is given as the covariance of model.layers.0.self_attn.q_proj is none: it is not",
+        ),
+        (
+            lambda x: -x.T @ x,
+            "What is given as the covariance of model.layers.0.self_attn.q_proj is none: it has negative",
+        ),
+        (
+            lambda x: 0 * x.T @ x,
+            "The covariance of model.layers.0.self_attn.q_proj is zero: no sample reached this layer.",
+        ),
+    ],
+    ids=["triangle", "negative", "zero"],
+)
+def test_what_is_no_covariance_does_not_weight(
+    refusal: Refusal, tmp_path: Path, options: tuple[object, ...], made: Any, message: str
+) -> None:
+    first = dict(list(LINEARS.items())[:1])
+    save_file({name: made(random(64, d_in)) for name, (_, d_in) in first.items()}, tmp_path / "covs.safetensors")
+    adapter = write_lora(tmp_path / "lora", first)
+    assert refusal("to-lora", adapter, *options, "--weight-by", tmp_path / "covs.safetensors").startswith(message)
+
+
 def test_directions_that_the_covariance_does_not_see_are_taken_by_the_plain_error(base: Path, tmp_path: Path) -> None:
     """With two samples a weighted rank-4 result is exact on them after 2; the rest must not be wasted."""
     adapter = write_lora(

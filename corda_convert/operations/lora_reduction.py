@@ -115,8 +115,8 @@ class _ReduceSession:
         module = self.transform.module
         covariance = inputs.get(_COVARIANCE)
         covariance = None if covariance is None else covariance.to(self.device)
-        if covariance is not None and float(covariance.diagonal().double().sum()) <= 0.0:
-            raise _empty(module)
+        if covariance is not None:
+            _check_covariance(team, module, covariance)
         if module.dense is not None and not module.summands:
             matrix = module.dense.matrix(team, inputs, self.device)
             found = low_rank.extracted(team, matrix, self.transform.rank, covariance)
@@ -278,11 +278,23 @@ class _in_float64:  # noqa: N801 - used as a with statement only
             ) from None
 
 
-def _empty(module: LoraModule) -> CovarianceMismatch:
-    return CovarianceMismatch(
-        f"The covariance of {module.key} is zero: no sample reached this layer.",
-        next_step="Collect covariances on data that uses this layer.",
-    )
+def _check_covariance(team: Team, module: LoraModule, covariance: Tensor) -> None:
+    """Raises `CovarianceMismatch` for what no sum of products of inputs is."""
+    from corda_convert.linalg.covariance import is_symmetric
+
+    diagonal = covariance.diagonal()
+    if not bool(diagonal.any()):
+        raise CovarianceMismatch(
+            f"The covariance of {module.key} is zero: no sample reached this layer.",
+            next_step="Collect covariances on data that uses this layer.",
+        )
+    if bool((diagonal < 0).any()) or not is_symmetric(team, covariance):
+        raise CovarianceMismatch(
+            f"What is given as the covariance of {module.key} is none: it "
+            f"{'is not symmetric' if bool((diagonal >= 0).all()) else 'has negative squares on its diagonal'}.",
+            why="The file is damaged, or holds something else.",
+            next_step="Collect covariances again.",
+        )
 
 
 def energy_rank_of(
@@ -300,9 +312,9 @@ def energy_rank_of(
         check_finite(ref, inputs[name])
     weight = inputs.get(_COVARIANCE)
     weight = None if weight is None else weight.to(device)
-    if weight is not None and float(weight.diagonal().double().sum()) <= 0.0:
-        raise _empty(module)
     with Team(device) as team, _in_float64(module):
+        if weight is not None:
+            _check_covariance(team, module, weight)
         if module.dense is not None and not module.summands:
             matrix = module.dense.matrix(team, inputs, device)
             return max(low_rank.energy_rank(team, matrix, energy, weight, most), 1)
