@@ -10,7 +10,7 @@ READY := $(VENV)/ready
 help:
 	@echo "make demo        decompose, train, convert and merge the fixture model, and compare every station"
 	@echo "make test        the tests"
-	@echo "make test-long   200 runs of each kind killed at random moments, 20,000 damaged files (20 minutes)"
+	@echo "make test-long   200 runs of each kind killed at random moments, 20,000 damaged files (long)"
 	@echo "make fuzz        damaged files guided by coverage, where atheris is installed (10 minutes)"
 	@echo "make check       format, lint, types, import layers and tests: before every commit"
 	@echo "make benchmarks  ours beside PEFT's (minutes; see benchmarks/README.md)"

@@ -99,8 +99,9 @@ NAMES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("writer", ["torch", "pickle"])
+@pytest.mark.parametrize(
+    ("name", "writer"), [*((name, "torch") for name in NAMES), ("adapter", "pickle"), ("model", "pickle")]
+)
 def test_code_in_a_pickle_does_not_run(command: Command, tmp_path: Path, name: str, writer: str) -> None:
     found = places(tmp_path / "inputs")
     assert set(NAMES) == set(found) - {"sound"}
