@@ -27,7 +27,7 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --maxprocesses 8
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
 test-long: $(READY)
 	CORDA_CONVERT_KILLS=200 $(BIN)/python -m pytest -v -n auto --maxprocesses 8 tests/test_resume.py -k killed

@@ -25,6 +25,10 @@ def blocks(language: str) -> list[str]:
 COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("corda-convert ")]
 
 
+# Later commands take what earlier ones wrote, so one process runs them all.
+pytestmark = pytest.mark.xdist_group("readme")
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the README's relative paths mean what they say."""
