@@ -52,7 +52,7 @@ def merging(tmp_path: Path) -> tuple[object, ...]:
 
 
 def test_there_are_these_commands() -> None:
-    assert COMMANDS == "collect decompose inspect merge perplexity plot push to-lora verify".split()
+    assert COMMANDS == ["collect", "decompose", "inspect", "merge", "perplexity", "plot", "push", "to-lora", "verify"]
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
