@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def _row(name: str, runs: list[tuple[Measurement, dict[str, Any]]], error: float | None) -> tuple[str, ...]:
-    device = max((told["peak_device_bytes"] or 0) for _, told in runs)
+    device = max((told["peak_device_memory_bytes"] or 0) for _, told in runs)
     return (
         name,
         spread([measured.wall_seconds for measured, _ in runs]),

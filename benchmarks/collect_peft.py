@@ -34,7 +34,7 @@ def main(folder: str, text: str, samples: str, seq_len: str, output: str, device
     begun = time.perf_counter()
     calib_cov_distribution(model, config, run, None, output)
     peak = torch.cuda.max_memory_allocated() if device != "cpu" else None
-    print(json.dumps({"seconds": time.perf_counter() - begun, "peak_device_bytes": peak}))
+    print(json.dumps({"seconds": time.perf_counter() - begun, "peak_device_memory_bytes": peak}))
 
 
 if __name__ == "__main__":

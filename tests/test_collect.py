@@ -116,7 +116,7 @@ def test_covariances_are_those_that_peft_collects(name: str, tmp_path: Path) -> 
     assert worst(ours, theirs) < 2e-6
     for covariance in ours.values():
         assert torch.equal(covariance, covariance.T)
-    assert collected.receipt["inputs"] < len(theirs) or name == "gpt2"
+    assert collected.receipt["summary"]["tensors"]["collected"] < len(theirs) or name == "gpt2"
 
 
 def test_long_samples_in_bfloat16_are_summed_as_exactly(tmp_path: Path) -> None:
@@ -393,7 +393,7 @@ def test_python_gives_the_receipt(tmp_path: Path) -> None:
         MODEL, output=tmp_path / "c.safetensors", options=CollectOptions(TEXT, targets=("q_proj",)), run=CPU
     )
     assert isinstance(collected, Collected)
-    assert collected.receipt["inputs"] == 6
+    assert collected.receipt["summary"]["tensors"] == {"collected": 6}
     assert collected.receipt["files"][0]["bytes"] == (tmp_path / "c.safetensors").stat().st_size
 
 

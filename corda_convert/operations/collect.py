@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from corda_convert.checkpoint.dequantized import dequantized
 from corda_convert.checkpoint.folder import read_checkpoint
@@ -23,24 +23,22 @@ from corda_convert.errors import UnsupportedInput, raise_problems, some
 from corda_convert.hub_reading import fetch, located
 from corda_convert.operations.collect_job import CollectJob
 from corda_convert.operations.collect_options import CollectOptions
+from corda_convert.operations.collect_receipt import model_input, text_inputs, usage
 from corda_convert.operations.collect_stage import Stage
 from corda_convert.operations.collect_targets import Wanted, wanted_inputs
 from corda_convert.operations.collect_work import Finished, Work, working
 from corda_convert.operations.collect_writing import (
     OutputTensor,
+    Sealing,
     check_covariance_output,
     metadata_of,
     write_covariances,
 )
 from corda_convert.operations.options import RunOptions
-from corda_convert.operations.process_memory import peak_resident_bytes
 from corda_convert.output.receipt import tool
 from corda_convert.streaming.architecture import build_architecture
 from corda_convert.streaming.stream import Batch, LayerStream, make_batches
 from corda_convert.streaming.whole import run_whole
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,22 +80,9 @@ def collect(
             return Collected(job.output, job.receipt(), ())
         with working(job.output, job.identity(), overwrite=run.overwrite) as work:
             finished = _run(job, work)
-            receipt = {**_seal(job, work, finished), "run": _used(job, time.perf_counter() - begun)}
+            receipt = _seal(job, work, finished, begun)
             run.ranks.exchange(None)
-    return Collected(job.output, receipt, (*job.warnings(), *receipt["warnings"]))
-
-
-def _used(job: CollectJob, seconds: float) -> dict[str, Any]:
-    """Time and memory of this process."""
-    import torch
-
-    on_cuda = job.device.type == "cuda"
-    return {
-        "seconds": round(seconds, 3),
-        "peak_resident_bytes": peak_resident_bytes(),
-        "peak_device_bytes": torch.cuda.max_memory_allocated(job.device) if on_cuda else None,
-        "ranks": job.run.ranks.place.size,
-    }
+    return Collected(job.output, receipt, tuple(receipt["warnings"]))
 
 
 def _prepare(model: Path | str, output: Path, options: CollectOptions, run: RunOptions) -> CollectJob:
@@ -251,7 +236,7 @@ def _progress(job: CollectJob, batches: int) -> Iterator[Callable[[], object]]:
         yield lambda: bar.update()
 
 
-def _seal(job: CollectJob, work: Work, parts: Sequence[Finished]) -> dict[str, Any]:
+def _seal(job: CollectJob, work: Work, parts: Sequence[Finished], begun: float) -> dict[str, Any]:
     """Puts the parts together as the output. Returns the receipt."""
     files = [SafetensorsFile(part.path) for part in parts]
     tensors = [OutputTensor(spec.name, TensorRef(file, spec)) for file in files for spec in file.specs.values()]
@@ -271,17 +256,17 @@ def _seal(job: CollectJob, work: Work, parts: Sequence[Finished]) -> dict[str, A
             "module_tokens": json.dumps(partial) if partial else None,
         },
     )
-    written = write_covariances(
-        job.output, tensors, metadata, work=work.folder, max_shard_bytes=job.options.max_shard_bytes
+    starved = [name for name, count in partial.items() if count == 0]
+    facts = {
+        **job.receipt(),
+        "warnings": [*job.warnings(), *([f"No token reached {some(starved)}."] if starved else [])],
+        "inputs": [model_input(job.checkpoint), *text_inputs(job.options.corpus)],
+        "aliases": aliases,
+    }
+    sealing = Sealing(facts, "collected", tokens, lambda: usage(begun, job.device, job.run.ranks.place.size))
+    receipt = write_covariances(
+        job.output, tensors, metadata, sealing, work=work.folder, max_shard_bytes=job.options.max_shard_bytes
     )
     for file in files:
         file.close()
-    starved = [name for name, count in partial.items() if count == 0]
-    return {
-        **job.receipt(),
-        "inputs": len(tokens),
-        "aliases": aliases,
-        "tokens": tokens,
-        "files": written,
-        "warnings": [f"No token reached {some(starved)}."] if starved else [],
-    }
+    return receipt

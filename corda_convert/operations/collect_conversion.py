@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ from corda_convert.checkpoint.covariances import MEAN_ABS, read_covariances
 from corda_convert.checkpoint.tensors import TensorRef, read_tensor
 from corda_convert.errors import NotFinite
 from corda_convert.operations.collect import Collected
+from corda_convert.operations.collect_receipt import covariance_input, receipt_head, usage
 from corda_convert.operations.collect_work import working
 from corda_convert.operations.collect_writing import (
     OutputTensor,
+    Sealing,
     check_covariance_output,
     metadata_of,
     write_covariances,
 )
-from corda_convert.output.receipt import RECEIPT_FORMAT, RECEIPT_FORMAT_VERSION, tool
 
 
 def convert_covariances(
@@ -28,6 +30,9 @@ def convert_covariances(
     One matrix is in memory at a time. Modules with the same bits get one matrix, and aliases. Numbers and their dtype stay.
     Raises a `CordaConvertError`; then nothing was written.
     """
+    import torch
+
+    begun = time.perf_counter()
     path, output = Path(path), Path(output)
     check_covariance_output(output, overwrite=overwrite)
     covariances = read_covariances(path)
@@ -46,23 +51,21 @@ def convert_covariances(
     known = {key: covariances.metadata.get(key) for key in ("samples", "tokens", "model", "data")}
     normalization = covariances.metadata.get("normalization") or ("peft" if matrices else None)
     metadata = metadata_of(aliases, {**known, "normalization": normalization})
-    receipt: dict[str, Any] = {
-        "format": RECEIPT_FORMAT,
-        "format_version": RECEIPT_FORMAT_VERSION,
-        "tool": tool(),
-        "command": "collect",
-        "options": {"from_peft": path.name},
-    }
+    head = receipt_head({"from_peft": path.name})
     if dry_run:
         nbytes = sum(tensor.spec.nbytes for tensor in tensors)
         plan = {"modules": len(tensors) + len(aliases), "disk_bytes": {"output": nbytes}}
-        return Collected(output, {**receipt, "plan": plan})
+        return Collected(output, {**head, "plan": plan})
     identity = {"from": path.name, "size": str(path.stat().st_size)}
+    facts = {**head, "warnings": [], "aliases": aliases}
     with working(output, identity, overwrite=True) as work:
-        files = write_covariances(output, tensors, metadata, work=work.folder, max_shard_bytes=max_shard_bytes)
+        facts["inputs"] = [covariance_input(covariances)]
+        sealing = Sealing(facts, "converted", {}, lambda: usage(begun, torch.device("cpu"), 1))
+        receipt = write_covariances(
+            output, tensors, metadata, sealing, work=work.folder, max_shard_bytes=max_shard_bytes
+        )
     covariances.close()
-    inputs = len(dict.fromkeys([*matrices, *vectors]))
-    return Collected(output, {**receipt, "inputs": inputs, "aliases": aliases, "files": files, "warnings": []})
+    return Collected(output, receipt)
 
 
 def _distinct(refs: dict[str, TensorRef]) -> tuple[dict[str, TensorRef], dict[str, str]]:

@@ -12,11 +12,12 @@ from corda_convert.checkpoint.folder import Checkpoint
 from corda_convert.corpus import Corpus
 from corda_convert.errors import some
 from corda_convert.operations.collect_options import CollectOptions
+from corda_convert.operations.collect_receipt import receipt_head
 from corda_convert.operations.collect_targets import Wanted
 from corda_convert.operations.covariance_warnings import TOKENS_PER_INPUT
 from corda_convert.operations.options import RunOptions
 from corda_convert.operations.remote_inputs import stamp
-from corda_convert.output.receipt import RECEIPT_FORMAT, RECEIPT_FORMAT_VERSION, tool
+from corda_convert.output.receipt import tool
 from corda_convert.streaming.architecture import Architecture
 from corda_convert.streaming.blocks import find_blocks
 from corda_convert.streaming.stream import Batch
@@ -75,17 +76,14 @@ class CollectJob:
         return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in parts.items()}
 
     def receipt(self) -> dict[str, Any]:
+        options = {
+            "model": self.checkpoint.name,
+            **self.options.described(),
+            "dtype": str(self.architecture.dtype).removeprefix("torch."),
+            "device": self.device.type,
+        }
         return {
-            "format": RECEIPT_FORMAT,
-            "format_version": RECEIPT_FORMAT_VERSION,
-            "tool": tool(),
-            "command": "collect",
-            "options": {
-                "model": self.checkpoint.name,
-                **self.options.described(),
-                "dtype": str(self.architecture.dtype).removeprefix("torch."),
-                "device": self.device.type,
-            },
+            **receipt_head(options),
             "data": {
                 "description": self.corpus.description,
                 "samples": self.samples,

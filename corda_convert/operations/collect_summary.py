@@ -13,9 +13,9 @@ def describe(receipt: Mapping[str, Any], output: Path) -> str:
     lines = [] if text is None else [f"  text     {text['description']}, {text['tokens']:,} tokens"]
     if "plan" in receipt:
         return "\n".join([f"Would write {output}", *lines, *_planned(receipt["plan"])])
-    modules = receipt["inputs"] + len(receipt["aliases"])
-    lines.append(f"  inputs   {receipt['inputs']:,} distinct ones of {modules:,} modules")
-    files = receipt["files"]
+    (inputs,) = receipt["summary"]["tensors"].values()
+    lines.append(f"  inputs   {inputs:,} distinct ones of {inputs + len(receipt['aliases']):,} modules")
+    files = [file for file in receipt["files"] if file["name"].endswith(".safetensors")]
     nbytes = sum(file["bytes"] for file in files)
     lines.append(f"  size     {_size(nbytes)}" + (f" in {len(files)} files" if len(files) > 1 else ""))
     lines.append(f"  next     corda-convert decompose MODEL --cov {output} --mode kpm --rank RANK -o OUT")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,11 @@ from corda_convert.checkpoint.covariances import FORMAT_NAME, FORMAT_VERSION, re
 from corda_convert.checkpoint.folder import INDEX_FILE
 from corda_convert.checkpoint.tensors import TensorRef, TensorSpec
 from corda_convert.errors import CordaConvertError, OutputRefused
+from corda_convert.operations.collect_receipt import tensor_entries
+from corda_convert.output.digests import file_sha256
+from corda_convert.output.receipt import write_receipt
 from corda_convert.output.shard_writer import ShardWriter
-from corda_convert.output.staging import check_space
+from corda_convert.output.staging import check_space, put_in_place
 from corda_convert.plan.packing import encode_header
 
 _CHUNK_BYTES = 16 << 20
@@ -65,33 +68,65 @@ def check_covariance_output(output: Path, *, overwrite: bool) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Sealing:
+    """What the receipt of an output is made of, beside its files.
+
+    Attributes:
+        facts: the receipt's other keys.
+        action: what was done to the tensors.
+        tokens: how many went into each matrix, where that is known.
+        run: time and memory, asked for when all else is written.
+    """
+
+    facts: Mapping[str, Any]
+    action: str
+    tokens: Mapping[str, int]
+    run: Callable[[], dict[str, Any]]
+
+
 def write_covariances(
-    output: Path, tensors: Sequence[OutputTensor], metadata: dict[str, str], *, work: Path, max_shard_bytes: int
-) -> list[dict[str, Any]]:
-    """Writes the output beside its place, in `work`, and moves it there. Returns each file's name, bytes and SHA-256."""
+    output: Path,
+    tensors: Sequence[OutputTensor],
+    metadata: dict[str, str],
+    sealing: Sealing,
+    *,
+    work: Path,
+    max_shard_bytes: int,
+) -> dict[str, Any]:
+    """Writes the output beside its place, in `work`, and moves it there. Returns the receipt, which a folder holds."""
     check_space(output, sum(tensor.spec.nbytes for tensor in tensors))
     if is_one_file(output):
         draft = work / "output.safetensors"
-        entry = _write_file(draft, tensors, metadata)
+        entry = {**_write_file(draft, tensors, metadata), "name": output.name}
+        receipt = _receipt(sealing, {output.name: tensors}, [entry])
         draft.replace(output)
-        return [{**entry, "name": output.name}]
+        return receipt
     folder = work / "output"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    shards = _in_shards(tensors, max_shard_bytes)
-    entries = []
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        entries.append(_write_file(folder / name, shard, metadata))
-        weight_map |= {tensor.name: name for tensor in shard}
+    cut = _in_shards(tensors, max_shard_bytes)
+    shards = {f"model-{number:05}-of-{len(cut):05}.safetensors": shard for number, shard in enumerate(cut, 1)}
+    files = [_write_file(folder / name, shard, metadata) for name, shard in shards.items()]
+    weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard}
     total = sum(tensor.spec.nbytes for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", "utf-8")
-    if output.exists():
-        shutil.rmtree(output)
-    folder.replace(output)
-    return entries
+    path = folder / INDEX_FILE
+    path.write_text(json.dumps(index, indent=1) + "\n", "utf-8")
+    files.append({"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)})
+    receipt = _receipt(sealing, shards, files)
+    write_receipt(folder, receipt)
+    put_in_place(folder, output)
+    return receipt
+
+
+def _receipt(
+    sealing: Sealing, shards: Mapping[str, Sequence[OutputTensor]], files: list[dict[str, Any]]
+) -> dict[str, Any]:
+    specs = {name: [tensor.spec for tensor in shard] for name, shard in shards.items()}
+    entries = tensor_entries(specs, sealing.action, sealing.tokens)
+    summary = {"tensors": {sealing.action: sum("with" not in entry for entry in entries)}}
+    return {**sealing.facts, "tensors": entries, "summary": summary, "files": files, "run": sealing.run()}
 
 
 def _in_shards(tensors: Sequence[OutputTensor], most: int) -> list[list[OutputTensor]]:

@@ -116,7 +116,7 @@ def staging_folder(
         _begin(work, identity, overwrite=overwrite)
         try:
             yield folder
-            _replace(folder, output)
+            put_in_place(folder, output)
             shutil.rmtree(work)
         except BaseException as error:
             if identity is not None and _can_go_on(error) and has_notes(journal_folder(folder)):
@@ -213,7 +213,8 @@ def _identity(work: Path) -> dict[str, str]:
     return identity if isinstance(identity, dict) and (work / "output").is_dir() else {}
 
 
-def _replace(staging: Path, output: Path) -> None:
+def put_in_place(staging: Path, output: Path) -> None:
+    """Makes a finished folder the output, in the place of one that is there."""
     replaced = output.with_name(output.name + _REPLACED_SUFFIX)
     if output.exists():
         shutil.rmtree(replaced, ignore_errors=True)

@@ -1,0 +1,107 @@
+"""Folders of covariances: sealed with a receipt, as other outputs are."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from building import FIXTURES, MODEL, read_json
+from safetensors.torch import load_file
+
+from corda_convert.operations import collect_writing
+from corda_convert.operations.inspect import inspect
+from corda_convert.operations.verify import VerifyOptions, verify
+from corda_convert.output import staging
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TASK = FIXTURES / "data" / "task.jsonl"
+TEXT = ("--data", TASK, "--field", "question", "--field", "answer", "--no-pack", "--samples", 9, "--target", "q_proj")
+SHARDS = ("--max-shard-size", "100kB")
+MADE: dict[str, tuple[object, ...]] = {
+    "collected": ("collect", MODEL, *TEXT, *SHARDS),
+    "converted": ("collect", "--from-peft", FIXTURES / "covariances" / "task.peft.pt", *SHARDS),
+}
+Command = Callable[..., Any]
+
+
+@pytest.mark.parametrize("action", MADE)
+def test_a_folder_has_a_receipt_that_verify_and_inspect_take(action: str, done: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "covs"
+    done(*MADE[action], "-o", folder)
+    receipt = read_json(folder / "corda_convert.json")
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "corda_convert.json"}
+    assert len(files) > 2
+    assert {entry["name"]: (entry["bytes"], entry["sha256"]) for entry in receipt["files"]} == {
+        name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in files.items()
+    }
+    stored = {
+        (path.name, name, tuple(tensor.shape))
+        for path in folder.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
+    assert {(entry["file"], entry["name"], tuple(entry["shape"])) for entry in receipt["tensors"]} == stored
+    assert {entry["action"] for entry in receipt["tensors"]} == {action}
+    for source in receipt["inputs"]:
+        path = MODEL if source["role"] == "model" else MADE[action][2] if action == "converted" else TASK
+        assert source["name"] == Path(str(path)).name
+        for file in source["files"]:
+            content = (MODEL / file["name"] if source["role"] == "model" else Path(str(path))).read_bytes()
+            assert file["bytes"] == len(content)
+            assert file["sha256"] in (None, hashlib.sha256(content).hexdigest())
+    assert verify(folder).facts["problems"] == []
+    assert inspect(folder).facts["receipt"]["command"] == "collect"
+    done("verify", folder)
+
+
+def test_verify_finds_what_was_altered_and_says_what_it_does_not_compute(done: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "covs"
+    done(*MADE["collected"], "-o", folder)
+    found = verify(folder, options=VerifyOptions(against=MODEL))
+    assert found.is_fine
+    assert found.facts["recomputed"]["not_recomputed"] == {"collect": "What collect writes is not computed again."}
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    content = bytearray(shard.read_bytes())
+    content[-4:] = b"\x00\x00\x80\x7f"
+    shard.write_bytes(content)
+    (changed, not_finite) = verify(folder).facts["problems"]
+    assert "was changed: its SHA-256" in changed["what"]
+    assert "hold NaN or Inf" in not_finite["what"]
+    assert not inspect(folder.rename(tmp_path / "other")).facts["receipt"]["missing_or_changed"]
+
+
+def test_every_key_of_its_receipt_is_documented(done: Command, tmp_path: Path) -> None:
+    documented = (Path(__file__).parent.parent / "docs/receipt.md").read_text(encoding="utf-8")
+    for action, arguments in MADE.items():
+        done(*arguments, "-o", tmp_path / action)
+        receipt = read_json(tmp_path / action / "corda_convert.json")
+        keys = {*receipt, *receipt["run"], *receipt["tool"], action}
+        keys |= {key for entry in receipt["tensors"] for key in entry}
+        keys |= {key for source in receipt["inputs"] for entry in (source, *source["files"]) for key in entry}
+        keys |= {source["role"] for source in receipt["inputs"]} | (receipt.get("data") or {}).keys()
+        assert [key for key in sorted(keys) if f"`{key}`" not in documented] == []
+
+
+@pytest.mark.parametrize("action", MADE)
+def test_a_folder_is_replaced_as_a_whole_or_stays(
+    action: str, done: Command, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "covs"
+    done(*MADE[action], "-o", folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for place, name in ((collect_writing, "write_receipt"), (staging.Path, "rename")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, fail)
+            assert command(*MADE[action], "-o", folder, "--overwrite").status == 1
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        assert [path.name for path in tmp_path.iterdir()] == ["covs"]
+    done(*MADE[action], "-o", folder, "--overwrite")
+    again = {path.name: path.read_bytes() for path in folder.iterdir()}
+    same = [name for name in before if name != "corda_convert.json"]
+    assert again.keys() == before.keys()
+    assert all(again[name] == before[name] for name in same)
