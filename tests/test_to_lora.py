@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import warnings
@@ -37,7 +38,17 @@ from peft.tuners.lora.conversion import convert_to_lora
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from corda_convert import DecomposeOptions, MergeOptions, RunOptions, ToLoraOptions, decompose, merge, to_lora
+from corda_convert import (
+    DecomposeOptions,
+    MergeOptions,
+    RunOptions,
+    ToLoraOptions,
+    VerifyOptions,
+    decompose,
+    merge,
+    to_lora,
+    verify,
+)
 from corda_convert.adapters import read_adapter
 from corda_convert.operations.adapter_facts import facts_of
 from corda_convert.operations.server_rules import SERVERS, Server
@@ -548,6 +559,79 @@ def test_residual_adapters_and_plain_ones_are_added(base: Path, tmp_path: Path) 
     for name, change in first.items():
         expected = change + 0.25 * second.get(name, torch.zeros_like(change))
         assert error(total[name], expected) <= 1e-6
+
+
+def biased_lora(folder: Path, modules: dict[str, tuple[int, int]], *, rank: int, seed: int, **config: Any) -> Path:
+    """A LoRA with biases of lora_B."""
+    biases = {
+        f"base_model.model.{name}.lora_B.bias": random(shape[0], seed=seed + 50 + place)
+        for place, (name, shape) in enumerate(modules.items())
+    }
+    tensors = lora_tensors(modules, rank=rank, seed=seed) | biases
+    return write_adapter(folder, tensors, lora_config(rank, lora_bias=True, **config))
+
+
+def sum_of_changes(base: Path, *scaled: tuple[Path, float]) -> torch.Tensor:
+    """Logits of the base with what PEFT's modules compute, so many times each, added to their outputs."""
+    model, loaded = load(base), [(adapted(base, folder), scale) for folder, scale in scaled]
+    for other, scale in loaded:
+        for name, module in other.named_modules():
+            if hasattr(module, "lora_A") and "default" in module.lora_A:
+                A, B, times = module.lora_A["default"], module.lora_B["default"], scale * module.scaling["default"]
+                plain = model.get_submodule(name.removeprefix("base_model.model."))
+                plain.register_forward_hook(lambda _, given, out, A=A, B=B, times=times: out + times * B(A(given[0])))
+    return logits(model)
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'. .* LoRA tensor")  # PEFT of its own lora_bias
+def test_biases_of_lora_are_added_up(base: Path, tmp_path: Path) -> None:
+    """Of adapters with and without them, on overlapping modules: those of neither get zeros, which PEFT wants to find."""
+    biased = with_biases(tmp_path, base)
+    own = {name: shape for name, shape in LINEARS.items() if "q_proj" in name or "up_proj" in name}
+    one = biased_lora(tmp_path / "one", own, rank=3, seed=1, lora_alpha=5, target_modules=["q_proj", "up_proj"])
+    other = {name: shape for name, shape in LINEARS.items() if "q_proj" in name}
+    two = biased_lora(tmp_path / "two", other, rank=2, seed=2, use_rslora=True)
+    plain = write_lora(tmp_path / "plain", seed=3, target_modules=NAMES)
+    expected = sum_of_changes(biased, (plain, 0.25), (one, -0.5), (two, 0.75))
+    assert float((logits(load(biased)) - expected).abs().max()) > 0.5
+    for name, options in {"exact": {}, "uniform": {"uniform": True}, "based": {"base": str(biased)}}.items():
+        given = ToLoraOptions(scales=(0.25, -0.5, 0.75), **options)
+        to_lora([plain, one, two], output=tmp_path / name, options=given)
+        tensors = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert sum(key.endswith("lora_B.bias") for key in tensors) == len(LINEARS)
+        assert read_json(tmp_path / name / "adapter_config.json")["lora_bias"]
+        assert float((logits(adapted(biased, tmp_path / name)) - expected).abs().max()) <= 1e-4, name
+
+
+def test_a_sum_with_biases_of_lora_is_verified(tmp_path: Path) -> None:
+    one, two = (biased_lora(tmp_path / name, LINEARS, rank=2, seed=seed) for name, seed in (("one", 1), ("two", 2)))
+    to_lora([one, two], output=tmp_path / "out", options=ToLoraOptions(scales=(0.3, -2)))
+    given = VerifyOptions(adapters=(one, two), sample=None)
+    found = verify(tmp_path / "out", options=given)
+    assert found.is_fine
+    assert found.facts["recomputed"]["kinds"]["carried"]["checked"] == len(LINEARS)
+    name, path = f"base_model.model.{UP}.lora_B.bias", tmp_path / "out" / "adapter_model.safetensors"
+    wrong = load_file(path)
+    wrong[name] *= 1 + 1e-5
+    save_file(wrong, path, {"format": "pt"})
+    receipt = read_json(tmp_path / "out" / "corda_convert.json")
+    for entry in receipt["files"]:
+        content = (tmp_path / "out" / entry["name"]).read_bytes()
+        entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    write_json(tmp_path / "out" / "corda_convert.json", receipt)
+    assert [name in problem["what"] for problem in verify(tmp_path / "out", options=given).facts["problems"]] == [True]
+
+
+def test_modules_that_have_no_bias_of_lora_are_not_added_to_such(refusal: Refusal, tmp_path: Path) -> None:
+    tensors = {
+        "base_model.model.model.embed_tokens.lora_embedding_A": random(2, 32),
+        "base_model.model.model.embed_tokens.lora_embedding_B": random(HIDDEN, 2, seed=1),
+    }
+    embedding = write_adapter(tmp_path / "embedding", tensors, lora_config(2, target_modules=["embed_tokens"]))
+    biased = biased_lora(tmp_path / "biased", {UP: LINEARS[UP]}, rank=2, seed=1)
+    assert refusal("to-lora", embedding, biased).startswith(
+        "One adapter has biases of LoRA (lora_bias), and model.embed_tokens cannot have one."
+    )
 
 
 def test_what_two_adapters_replace_differently_is_refused(refusal: Refusal, tmp_path: Path) -> None:

@@ -20,11 +20,13 @@ from corda_convert.adapters.tokens import TokenRows
 from corda_convert.checkpoint.comparison import same_values
 from corda_convert.checkpoint.folder import Checkpoint
 from corda_convert.checkpoint.names import NameMap
+from corda_convert.checkpoint.tensors import TensorRef
 from corda_convert.errors import AdapterMismatch, CordaConvertError, UnsupportedInput, raise_problems, some
 from corda_convert.operations import evidence
 from corda_convert.operations.belonging import Part, fit_all, matrices, structure_for
 from corda_convert.operations.edits import Applied, Fitted
 from corda_convert.operations.initials import assign
+from corda_convert.operations.lora_biases import summed_biases
 from corda_convert.operations.lora_blocks import BatChange, block_module
 from corda_convert.operations.lora_brought import brought_warnings, without_known_weights
 from corda_convert.operations.lora_dense import Difference, added
@@ -39,7 +41,7 @@ from corda_convert.operations.lora_description import (
     tokenizers,
     warnings_of,
 )
-from corda_convert.operations.lora_modules import Carried, DenseChange, LoraModule, LoraSource, Summand
+from corda_convert.operations.lora_modules import OUT_PROJ, Carried, DenseChange, LoraModule, LoraSource, Summand
 from corda_convert.operations.lora_parameters import check_alike, parameter_module, place_of, rewrapped
 from corda_convert.operations.options import RunOptions
 from corda_convert.operations.remote_inputs import unread_weights
@@ -49,8 +51,6 @@ from corda_convert.operations.shares import Matrices, repeated_shares
 
 BASE_SHARE = 0.5
 """The least median cosine between initial factors and the base's own weight: 1 where they were taken from it, chance else."""
-
-_OUT_PROJ = ".base_layer.out_proj"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Given:
 
 @dataclass(slots=True)
 class _Gathered:
-    """Modules of all adapters by what tells them apart, and carried tensors by their names in the result.
+    """Modules of all adapters by what tells them apart, carried tensors by their names in the result, biases to be added up.
 
     `can_read` is false in a dry run whose models are on the Hub: then their weights are not compared.
     """
@@ -86,6 +86,7 @@ class _Gathered:
     can_read: bool = True
     modules: dict[str, LoraModule] = field(default_factory=dict)
     carried: dict[str, Carried] = field(default_factory=dict)
+    biases: dict[str, list[tuple[TensorRef, float]]] = field(default_factory=dict)
     problems: list[CordaConvertError] = field(default_factory=list)
 
 
@@ -109,7 +110,8 @@ def from_adapters(given: Given) -> LoraSource:
     check_alike(trained, gathered.modules.values())
     warnings = [*warnings_of(parts, fitted, names), *unread]
     warnings += brought_warnings(parts, has_base=given.base is not None)
-    modules, carried = rewrapped(gathered.modules, names), tuple(gathered.carried.values())
+    modules = rewrapped(gathered.modules, names)
+    carried = (*gathered.carried.values(), *summed_biases(modules, gathered.biases))
     return LoraSource(
         modules=modules,
         carried=carried,
@@ -296,7 +298,13 @@ def _gather(
             )
         else:
             gathered.modules[place] = added(before, own)
-    for carried in _carried(adapter, part, gathered, is_alone=is_alone):
+    for bias in (change for change in adapter.modules if isinstance(change, LoraBias)):
+        name, times = strip_key(bias.bias.name), bias.scaling * part.scale
+        if is_alone:
+            gathered.carried[f"{PEFT_PREFIX}{name}"] = Carried(f"{PEFT_PREFIX}{name}", bias.bias, times)
+        else:
+            gathered.biases.setdefault(name.removesuffix(".lora_B.bias"), []).append((bias.bias, times))
+    for carried in _carried(adapter):
         before_it = gathered.carried.setdefault(carried.name, carried)
         if before_it is not carried and not same_values(before_it.ref, carried.ref):
             gathered.problems.append(
@@ -351,7 +359,7 @@ def _modules(
         elif isinstance(change, LoraFactors) and _key(change) not in seen:
             key = _key(change)
             seen.add(key)
-            outer = key.removesuffix(_OUT_PROJ)
+            outer = key.removesuffix(OUT_PROJ)
             summands = [Summand(change.lora_A, change.lora_B, 1.0)]
             if change.initial_lora_A is not None and change.initial_lora_B is not None:
                 summands.append(Summand(change.initial_lora_A, change.initial_lora_B, -1.0))
@@ -417,19 +425,9 @@ def _no_weight(change: ParameterChange, given: Given) -> CordaConvertError:
     )
 
 
-def _carried(adapter: Adapter, part: Part, gathered: _Gathered, *, is_alone: bool) -> Iterable[Carried]:
-    """modules_to_save, saved embeddings, trained biases, token rows, and LoRA's own biases."""
+def _carried(adapter: Adapter) -> Iterable[Carried]:
+    """modules_to_save, saved embeddings, trained biases, and token rows."""
     refs = [*adapter.replacements.values(), *adapter.bases.values()]
     refs += [change.rows for change in adapter.modules if isinstance(change, TokenRows)]
     for ref in refs:
         yield Carried(f"{PEFT_PREFIX}{strip_key(ref.name)}", ref)
-    biases = [change for change in adapter.modules if isinstance(change, LoraBias)]
-    if biases and not is_alone:
-        gathered.problems.append(
-            UnsupportedInput(
-                f"{part.name} has biases of LoRA (lora_bias), which are not combined with other adapters.",
-                next_step="Merge the adapters instead.",
-            )
-        )
-    for bias in biases:
-        yield Carried(f"{PEFT_PREFIX}{strip_key(bias.bias.name)}", bias.bias, bias.scaling * part.scale)

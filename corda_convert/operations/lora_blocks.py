@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from corda_convert.linalg.threads import Team
 
 
-class _MadeFile:
-    """One tensor that is made of a block when it is read. Implements `TensorFile`."""
+class MadeFile:
+    """One tensor that is made when it is read, of a block or of nothing. Implements `TensorFile`."""
 
     def __init__(self, block: TensorRef, spec: TensorSpec) -> None:
         self.path: Path = block.file.path
@@ -47,7 +47,7 @@ class _MadeFile:
         self._file.close()
 
 
-class _TiledIdentity(_MadeFile):
+class _TiledIdentity(MadeFile):
     """`[I_r I_r …]` (r, d_in), the last one cut: a 1 where i mod r is the row."""
 
     def make(self, first: int, last: int) -> Tensor:
@@ -61,7 +61,7 @@ class _TiledIdentity(_MadeFile):
         return made
 
 
-class _RepeatedBlock(_MadeFile):
+class _RepeatedBlock(MadeFile):
     """`blockᵀ` (d_out, r), of a mini block (r, mini_r) as often as d_out has it."""
 
     def make(self, first: int, last: int) -> Tensor:

@@ -43,6 +43,8 @@ def config_of(trained: Sequence[Adapter], modules: Sequence[LoraModule], names: 
     biases = {str(config.get("bias", "none")) for config in configs} - {"none"}
     tokens = [value for config in configs if (value := config.get("trainable_token_indices"))]
     parameters = sorted({name for config in configs for name in config.get("target_parameters") or ()})
+    if any(config.get("lora_bias") for config in configs):
+        first["lora_bias"] = True
     return first | {
         "target_modules": _targets(configs, modules, names),
         "target_parameters": parameters or None,

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from corda_convert.operations.production import Input
     from corda_convert.output.side_files import SideFile
 
+OUT_PROJ = ".base_layer.out_proj"
+"""What PEFT adds to a MultiheadAttention's path for its output projection."""
+
 
 @dataclass(frozen=True, slots=True)
 class Summand:
@@ -102,6 +105,12 @@ class LoraModule:
         return self.dense.shape
 
     @property
+    def operands(self) -> tuple[TensorRef, ...]:
+        """All that it is computed from."""
+        factors = [ref for summand in self.summands for ref in (summand.lora_A, summand.lora_B)]
+        return (*factors, *(() if self.dense is None else self.dense.operands.values()))
+
+    @property
     def names(self) -> tuple[str, str]:
         """The names of the result's lora_A and lora_B, without PEFT's prefix."""
         if self.is_embedding:
@@ -118,11 +127,17 @@ class LoraModule:
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """A tensor that goes into the result beside the factors: `factor` times it, under its own name there."""
+    """A tensor that goes into the result beside the factors: `factor` times it, plus others so many times, as `name`."""
 
     name: str
     ref: TensorRef
     factor: float = 1.0
+    others: tuple[tuple[TensorRef, float], ...] = ()
+
+    @property
+    def parts(self) -> tuple[tuple[TensorRef, float], ...]:
+        """All that are added up, each so many times."""
+        return ((self.ref, self.factor), *self.others)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from math import frexp
 
 from corda_convert.adapters.source import PEFT_PREFIX
 from corda_convert.checkpoint.tensors import TensorRef, TensorSpec
+from corda_convert.operations.lora_biases import SumTransform
 from corda_convert.operations.lora_join import JoinTransform, Part
 from corda_convert.operations.lora_modules import Carried, LoraModule, LoraSource
 from corda_convert.operations.lora_ranks import Ranks
@@ -69,9 +70,7 @@ def _by_expert(factor: TensorRef, experts: int) -> TensorRef:
 
 def operand_dtypes(module: LoraModule) -> set[str]:
     """The dtypes of all that a module is computed from."""
-    refs = [ref for summand in module.summands for ref in (summand.lora_A, summand.lora_B)]
-    refs += [] if module.dense is None else list(module.dense.operands.values())
-    return {ref.spec.dtype for ref in refs}
+    return {ref.spec.dtype for ref in module.operands}
 
 
 def _exact_dtype(module: LoraModule, scaling: float) -> str:
@@ -87,8 +86,12 @@ def _exact_dtype(module: LoraModule, scaling: float) -> str:
 
 
 def _carry(carried: Carried, dtype: str | None, *, is_baked: bool) -> Produced:
-    """A tensor that goes along: cast, or times the scaling that the config does not have any more."""
+    """A tensor that goes along: cast, or times the scaling that the config does not have any more, or added up."""
     ref = carried.ref
+    if carried.others:
+        wide = "F64" if any(part.spec.dtype == "F64" for part, _ in carried.parts) else "F32"
+        total = TensorSpec(carried.name, output_dtype(wide, dtype), ref.shape)
+        return Produced(total, SumTransform(carried.parts, total))
     if is_baked and carried.factor != 1.0:
         spec = TensorSpec(carried.name, output_dtype("F64" if ref.spec.dtype == "F64" else "F32", dtype), ref.shape)
         column = ref.reshaped((ref.spec.elements, 1))

@@ -68,8 +68,14 @@ class ConvertedLora:
         return self._check_module(name, self.modules[name], kind)
 
     def _check_carried(self, carried: Carried, kind: str) -> Checked:
+        import torch
+
         ref = self.stored[carried.name]
         stored, source = read_tensor(ref), read_tensor(carried.ref)
+        if carried.others:
+            terms = torch.stack([read_tensor(part).double() * factor for part, factor in carried.parts])
+            exact = Exact(terms.sum(0), terms.abs().sum(0), 4 * len(terms) * UNIT["F64"])
+            return Checked(carried.name, kind, "exact", measure(stored, exact, ref.spec.dtype))
         if not self.is_baked or carried.factor == 1.0:
             expected = source.to(torch_dtype(ref.spec.dtype)).reshape(stored.shape)
             return Checked(carried.name, kind, "bits", measure_bits(stored, expected))
