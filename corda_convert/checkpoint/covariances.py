@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from corda_convert.checkpoint.folder import missing_path, read_checkpoint
@@ -42,6 +42,7 @@ class Covariances:
         aliases: module → the stored module that has the same input.
         metadata: what the file says of itself: samples, tokens, normalization, model, data.
         scales: stored means of absolute inputs, (d_in,), up to a factor, by the module that names them.
+        module_tokens: how many tokens went into a stored matrix or vector, where the file says that not all did.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class Covariances:
     aliases: Mapping[str, str]
     metadata: Mapping[str, str]
     scales: Mapping[str, TensorRef]
+    module_tokens: Mapping[str, int] = field(default_factory=dict)
 
     def find(self, module_name: str) -> TensorRef | None:
         """The covariance of a module's inputs."""
@@ -63,6 +65,11 @@ class Covariances:
         """How many `samples` or `tokens` went into each matrix, where the file says so."""
         text = self.metadata.get(key, "")
         return int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else None
+
+    def tokens_by_tensor(self) -> dict[str, int]:
+        """`module_tokens` by the names of the stored tensors."""
+        stored = [*self.matrices.items(), *self.scales.items()]
+        return {ref.name: self.module_tokens[module] for module, ref in stored if module in self.module_tokens}
 
     def close(self) -> None:
         for file in self.files:
@@ -87,7 +94,7 @@ def read_covariances(path: Path) -> Covariances:
     scales = _by_module(path, [ref for ref in stored if len(ref.shape) == 1])
     _check_lengths(path, matrices, scales)
     aliases = _aliases(path, metadata, {*matrices, *scales})
-    return Covariances(path, files, matrices, aliases, metadata, scales)
+    return Covariances(path, files, matrices, aliases, metadata, scales, _module_tokens(path, metadata))
 
 
 def at_run_time(covariances: Covariances, names: NameMap) -> Covariances:
@@ -182,6 +189,19 @@ def _check_lengths(path: Path, matrices: Mapping[str, TensorRef], scales: Mappin
             f"{path}: mean absolute inputs and covariances do not fit together: {some(odd)}.",
             why="Both must have one entry for each input of the layer.",
         )
+
+
+def _module_tokens(path: Path, metadata: Mapping[str, str]) -> dict[str, int]:
+    text = metadata.get("module_tokens")
+    if text is None:
+        return {}
+    try:
+        read = json.loads(text)
+    except (ValueError, RecursionError):
+        read = None
+    if not isinstance(read, dict) or not all(type(count) is int and 0 <= count < 1 << 62 for count in read.values()):
+        raise MalformedFile(f"{path}: the metadata 'module_tokens' is not a JSON object of counts.")
+    return {_module(name): count for name, count in read.items()}
 
 
 def _aliases(path: Path, metadata: Mapping[str, str], stored: set[str]) -> dict[str, str]:

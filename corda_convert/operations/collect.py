@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from corda_convert.operations.collect_writing import (
     metadata_of,
     write_covariances,
 )
+from corda_convert.operations.experts_targets import OUTWARD
 from corda_convert.operations.options import RunOptions
 from corda_convert.output.receipt import tool
 from corda_convert.streaming.architecture import build_architecture
@@ -237,6 +238,23 @@ def _progress(job: CollectJob, batches: int) -> Iterator[Callable[[], object]]:
 
 
 def _seal(job: CollectJob, work: Work, parts: Sequence[Finished], begun: float) -> dict[str, Any]:
+def _unreached_experts(job: CollectJob, tokens: Mapping[str, int]) -> list[str]:
+    """What to tell of experts that no token reached, where each has a covariance of its own."""
+    if job.options.experts != "each":
+        return []
+    lacking: dict[str, set[int]] = {}
+    for stack, module in job.wanted.stacks.items():
+        owner, _, parameter = stack.rpartition(".")
+        end = f".{parameter}" if parameter in OUTWARD else ""
+        for expert in range(module._parameters[parameter].shape[0]):
+            if not tokens.get(f"{owner}.{expert}{end}"):
+                lacking.setdefault(owner, set()).add(expert)
+    if not lacking:
+        return []
+    named = "; ".join(f"{owner} ({', '.join(map(str, sorted(each)))})" for owner, each in lacking.items())
+    return [f"No token reached {sum(map(len, lacking.values()))} experts: {named}. They have no covariance."]
+
+
     """Puts the parts together as the output. Returns the receipt."""
     files = [SafetensorsFile(part.path) for part in parts]
     tensors = [OutputTensor(spec.name, TensorRef(file, spec)) for file in files for spec in file.specs.values()]
@@ -258,8 +276,9 @@ def _seal(job: CollectJob, work: Work, parts: Sequence[Finished], begun: float) 
     )
     starved = [name for name, count in partial.items() if count == 0]
     facts = {
+    warnings = [f"No token reached {some(starved)}."] if starved else []
         **job.receipt(),
-        "warnings": [*job.warnings(), *([f"No token reached {some(starved)}."] if starved else [])],
+        "warnings": [*job.warnings(), *warnings, *_unreached_experts(job, tokens)],
         "inputs": [model_input(job.checkpoint), *text_inputs(job.options.corpus)],
         "aliases": aliases,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def convert_covariances(
     ]
     known = {key: covariances.metadata.get(key) for key in ("samples", "tokens", "model", "data")}
     normalization = covariances.metadata.get("normalization") or ("peft" if matrices else None)
-    metadata = metadata_of(aliases, {**known, "normalization": normalization})
+    counts = json.dumps(dict(covariances.module_tokens)) if covariances.module_tokens else None
+    metadata = metadata_of(aliases, {**known, "normalization": normalization, "module_tokens": counts})
     head = receipt_head({"from_peft": path.name})
     if dry_run:
         nbytes = sum(tensor.spec.nbytes for tensor in tensors)

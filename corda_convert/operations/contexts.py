@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -48,12 +48,14 @@ class ContextMethod:
         damp: corda's: a factor of the mean diagonal, or `peft` for the reference's doubling rule.
         asvd_alpha: the exponent of asvd's scale.
         tokens: how many went into each covariance, where that is known.
+        module_tokens: into which covariances fewer went, by the names of the stored tensors.
     """
 
     method: Method
     damp: float | Literal["peft"]
     asvd_alpha: float
     tokens: int | None
+    module_tokens: Mapping[str, int] = field(default_factory=dict)
 
     def weigh(self, team: Team, context: Tensor, ref: TensorRef, module_name: str) -> Weighed:
         """T of a context on the device, which it may keep. Raises `NotFinite` or `CovarianceMismatch`."""
@@ -82,7 +84,7 @@ class ContextMethod:
                 why="The file is damaged, or holds one triangle only.",
                 next_step="Collect covariances again.",
             )
-        facts: Facts = {"covariance": self._covariance_facts(team, context)}
+        facts: Facts = {"covariance": self._covariance_facts(team, context, self.module_tokens.get(ref.name))}
         if self.method == "svd-llm":
             try:
                 root, amount = algebra.root_weighting(team, context)
@@ -112,20 +114,26 @@ class ContextMethod:
         """What a weighting keeps."""
         return ref.spec.nbytes if self.method == "corda" else 8 * ref.spec.elements
 
-    def _is_tried(self, side: int) -> bool:
-        return side > FULL_SIDE and (self.tokens is None or self.tokens < SURE_TOKENS * side)
+    def _is_tried(self, side: int, tokens: int | None = None) -> bool:
+        """With the `tokens` of one covariance, or those that the fewest went into."""
+        known = [count for count in (self.tokens, *self.module_tokens.values()) if count is not None]
+        least = tokens if tokens is not None else min(known, default=0)
+        return side > FULL_SIDE and least < SURE_TOKENS * side
 
-    def _covariance_facts(self, team: Team, covariance: Tensor) -> Facts:
-        """Rank and condition in float32, which covariances are stored in; of a large one whether it is singular in float64."""
+    def _covariance_facts(self, team: Team, covariance: Tensor, tokens: int | None) -> Facts:
+        """Rank and condition in float32, which covariances are stored in; of a large one whether it is singular in float64.
+
+        `tokens` are given where not all went into this one.
+        """
         from corda_convert.linalg.covariance import rank_and_condition
         from corda_convert.linalg.panels import is_positive_definite
 
         side = covariance.shape[0]
-        facts: Facts = {"samples": None, "tokens": None, "rank": None, "side": side, "condition": None}
+        facts: Facts = {"samples": None, "tokens": tokens, "rank": None, "side": side, "condition": None}
         if side <= FULL_SIDE:
             rank, condition = rank_and_condition(covariance)
             return {**facts, "rank": rank, "condition": condition, "singular": rank < side}
-        is_tried = self._is_tried(side)
+        is_tried = self._is_tried(side, self.tokens if tokens is None else tokens)
         return {**facts, "singular": not is_positive_definite(team, covariance) if is_tried else None}
 
     def _scale(self, mean_abs: Tensor, module_name: str) -> Weighting:

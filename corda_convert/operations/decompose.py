@@ -146,7 +146,8 @@ class _Work:
         uses += [(min(each.place for each in stacks), expert_uses(stacks)) for stacks in by_module(self.stacks)]
         uses.sort(key=lambda each: each[0])
         tokens = None if self.matrices is None else self.matrices.count("tokens")
-        method = ContextMethod(options.method, options.damp, options.asvd_alpha, tokens)
+        own_tokens = {} if self.matrices is None else self.matrices.tokens_by_tensor()
+        method = ContextMethod(options.method, options.damp, options.asvd_alpha, tokens, own_tokens)
         return SharedContexts([use for _, several in uses for use in several], method)
 
 

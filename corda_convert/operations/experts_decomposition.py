@@ -252,7 +252,7 @@ def together(experts: Sequence[Expert], found: Sequence[Facts]) -> Facts:
     }
     if "reconstruction_error" in found[0]:
         norms["reconstruction_error"] = norms["rounding_norm"] / norms["weight_norm"] if norms["weight_norm"] else 0.0
-    worst = min(found, key=lambda facts: (facts.get("covariance") or {}).get("rank") or 0)
+    worst = min(found, key=_support)
     return {
         **worst,
         "module": experts[0].stack.name,
@@ -275,6 +275,13 @@ def together(experts: Sequence[Expert], found: Sequence[Facts]) -> Facts:
         **norms,
         "seconds": sum(facts["seconds"] for facts in found),
     }
+
+
+def _support(facts: Facts) -> tuple[int, int]:
+    """Of how many directions, and from how many tokens, a covariance is; 0 where that is not known."""
+    covariance = facts.get("covariance") or {}
+    known = [count for count in (covariance.get("rank"), covariance.get("tokens")) if count is not None]
+    return min(known, default=0), covariance.get("tokens") or 0
 
 
 def _most(values: Iterable[float | None]) -> float | None:

@@ -173,7 +173,19 @@ def stack_context_problems(stacks: Sequence[StackTarget], method: Method) -> lis
                     next_step="Collect covariances with this model.",
                 )
             )
-    missing = [stack for stack in stacks if None in stack.contexts]
+    starved = [stack for stack in stacks if None in stack.contexts and any(stack.contexts)]
+    if starved:
+        count = sum(stack.contexts.count(None) for stack in starved)
+        problems.append(
+            CovarianceMismatch(
+                f"No {what} for {count} of the {sum(stack.shape[0] for stack in starved)} experts' matrices in "
+                f"{len(starved)} stacks: {'; '.join(map(_without, starved))}.",
+                why="Others in these stacks have one: no token of the text reached these experts.",
+                next_step="Collect on more text, or one for all experts of a layer with collect --experts shared; or leave the "
+                "stacks out with --exclude.",
+            )
+        )
+    missing = [stack for stack in stacks if not any(stack.contexts)]
     if missing:
         stack = missing[0]
         number = stack.contexts.index(None)
@@ -186,6 +198,12 @@ def stack_context_problems(stacks: Sequence[StackTarget], method: Method) -> lis
             )
         )
     return problems
+
+
+def _without(stack: StackTarget) -> str:
+    """`M.down_proj (experts 2, 5)`: those that have no context."""
+    numbers = [str(number) for number, context in enumerate(stack.contexts) if context is None]
+    return f"{stack.name} (expert{'s' if len(numbers) > 1 else ''} {', '.join(numbers)})"
 
 
 def stack_rank_problems(
