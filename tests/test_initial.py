@@ -669,7 +669,9 @@ def test_an_initial_adapter_that_fits_no_adapter_is_refused(refusal: Refusal, tw
     assert message.startswith(
         "None of the adapters was trained from corda_init.\nipm_adapter was not trained from the initial adapter corda_init:"
     )
-    assert message.splitlines()[2].startswith("model.layers.0.mlp.down_proj: the adapter has lora_A (8, 176)")
+    why = message.splitlines()[2]
+    assert why.startswith("model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj, ")
+    assert "and 1 more: the adapter has lora_A (8, 176)" in why
 
 
 def test_two_initial_adapters_for_one_adapter_are_refused(

@@ -242,6 +242,21 @@ def test_an_initial_adapter_of_another_base_is_refused_with_its_share(
     to_lora(trained, init=initial, output=tmp_path / "out", options=ToLoraOptions(base=str(other), as_is=True))
 
 
+@pytest.mark.parametrize("operation", ["merge", "to-lora"])
+def test_what_all_modules_have_wrong_is_one_problem(refusal: Refusal, tmp_path: Path, operation: str) -> None:
+    initial = Path(shutil.copytree(RESIDUAL / "corda_init", tmp_path / "init"))
+    config = read_json(initial / "adapter_config.json")
+    write_json(initial / "adapter_config.json", config | {"lora_alpha": 4, "alpha_pattern": {"q_proj": 2}})
+    adapter = ADAPTERS / "corda"
+    given = ("merge", MODEL, "--adapter", adapter) if operation == "merge" else ("to-lora", adapter)
+    lines = [line for line in refusal(*given, "--init", initial).splitlines() if "they must agree" in line]
+    assert [line.partition(": ")[2] for line in lines] == [
+        "the adapter scales by 1, the initial adapter by 0.5; they must agree.",
+        "the adapter scales by 1, the initial adapter by 0.25; they must agree.",
+    ]
+    assert "and 31 more: " in lines[0] and "and 1 more: " in lines[1]
+
+
 @pytest.mark.parametrize("method", ["pissa", "olora"])
 def test_a_trained_adapter_given_as_the_initial_one_is_refused(
     refusal: Refusal, base: Path, tmp_path: Path, method: str
@@ -363,6 +378,14 @@ def test_a_residual_adapter_without_its_start_is_refused(refusal: Refusal, base:
     message = refusal("to-lora", trained, "--rank", 2)
     assert message.startswith("trained was trained beside a residual: its config says init_lora_weights='olora'.")
     assert "say --as-is." in message
+
+
+def test_files_of_rwkv_peft_are_merged_and_not_converted(refusal: Refusal, tmp_path: Path) -> None:
+    file = tmp_path / "rwkv-0.pth"
+    torch.save({"blocks.0.att.key.lora_A": random(2, 8), "blocks.0.att.key.lora_B": random(8, 2)}, file)
+    message = refusal("to-lora", file)
+    assert message.startswith(f"{file} is a file of RWKV-PEFT, which can be merged, but not converted.\n")
+    assert f"\ncorda-convert merge BASE.pth --adapter {file} -o OUT, for LoRA with --alpha ALPHA" in message
 
 
 def test_a_plain_lora_alone_is_no_work(refusal: Refusal, tmp_path: Path) -> None:

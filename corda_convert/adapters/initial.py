@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,8 +60,7 @@ def with_initial(adapter: Adapter, initial: Adapter, *, takes_parameters: bool =
             why="The initial adapter is of another training run.",
             next_step="Give the corda_init folder that the training started from as --init.",
         )
-    problems = [problem for name in after if (problem := _problem(after[name], before[name])) is not None]
-    raise_problems(problems)
+    raise_problems(_problems(before, after))
     joined = (each if each.module_name in adapter.bases else _joined(each, before) for each in adapter.modules)
     return replace(adapter, initialization="plain", modules=tuple(joined))
 
@@ -73,23 +73,33 @@ def _key(factors: _Factors) -> str:
     return factors.key if isinstance(factors, ParameterFactors) else factors.module_name
 
 
-def _problem(factors: _Factors, initial: _Factors) -> CordaConvertError | None:
-    name = _key(factors)
-    shapes = (factors.lora_A.shape, factors.lora_B.shape)
-    initial_shapes = (initial.lora_A.shape, initial.lora_B.shape)
-    if shapes != initial_shapes:
-        return AdapterMismatch(
-            f"{name}: the adapter has lora_A {shapes[0]}, lora_B {shapes[1]}, the "
-            f"initial adapter {initial_shapes[0]}, {initial_shapes[1]}."
+def _problems(before: Mapping[str, _Factors], after: Mapping[str, _Factors]) -> Iterator[CordaConvertError]:
+    """Shapes and scalings that differ, one problem for all modules that differ alike.
+
+    The scaling of a parameter depends on which of its module it is, which only the model tells.
+    """
+    shapes: dict[tuple[object, ...], list[str]] = {}
+    scalings: dict[tuple[float, float], list[str]] = {}
+    for name, factors in after.items():
+        initial = before[name]
+        found = (factors.lora_A.shape, factors.lora_B.shape, initial.lora_A.shape, initial.lora_B.shape)
+        if found[:2] != found[2:]:
+            shapes.setdefault(found, []).append(name)
+        elif (
+            isinstance(factors, LoraFactors)
+            and isinstance(initial, LoraFactors)
+            and not math.isclose(factors.scaling, initial.scaling, rel_tol=1e-9)
+        ):
+            scalings.setdefault((factors.scaling, initial.scaling), []).append(name)
+    for (A, B, initial_A, initial_B), names in shapes.items():
+        yield AdapterMismatch(
+            f"{some(names)}: the adapter has lora_A {A}, lora_B {B}, the initial adapter {initial_A}, {initial_B}."
         )
-    if isinstance(factors, ParameterFactors):
-        return None  # their scaling depends on which parameter it is, which only the model tells
-    if not math.isclose(factors.scaling, initial.scaling, rel_tol=1e-9):
-        return AdapterMismatch(
-            f"{name}: the adapter scales by {factors.scaling:g}, the initial adapter by {initial.scaling:g}; they must agree.",
+    for (own, first), names in scalings.items():
+        yield AdapterMismatch(
+            f"{some(names)}: the adapter scales by {own:g}, the initial adapter by {first:g}; they must agree.",
             next_step="Compare r, lora_alpha, use_rslora and the patterns of both configs.",
         )
-    return None
 
 
 def _joined(change: ParameterChange, initial: dict[str, _Factors]) -> ParameterChange:

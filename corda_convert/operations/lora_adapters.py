@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from corda_convert.adapters.factors import Adapter, ParameterChange
 from corda_convert.adapters.initial import with_initial
 from corda_convert.adapters.lora import LoraFactors
 from corda_convert.adapters.miss import BlockFactors
-from corda_convert.adapters.source import PEFT_PREFIX, strip_key
+from corda_convert.adapters.rwkv import SUFFIXES
+from corda_convert.adapters.source import CONFIG_FILE, PEFT_PREFIX, strip_key
 from corda_convert.adapters.tokens import TokenRows
 from corda_convert.checkpoint.comparison import same_values
 from corda_convert.checkpoint.folder import Checkpoint
@@ -130,6 +132,7 @@ def from_adapters(given: Given) -> LoraSource:
 
 def _parts(given: Given) -> tuple[list[Part], Residual | None]:
     """Each adapter with its initial adapter and its scale; and the residual, where it must stand for that."""
+    raise_problems(_only_merged(path) for path in given.adapters if _is_rwkv_file(path))
     trained = [read_adapter(path) for path in given.adapters]
     applied = scaled(trained, given.scales)
     initials, residual = list(given.initials), None
@@ -146,6 +149,20 @@ def _parts(given: Given) -> tuple[list[Part], Residual | None]:
         _check_kind(one, has_initial=bool(initials))
     assigned = assign(trained, initials, as_is=given.as_is)
     return [Part(one.adapter, first, one.scale) for one, first in zip(applied, assigned, strict=True)], residual
+
+
+def _is_rwkv_file(path: Path) -> bool:
+    return path.is_file() and path.suffix in SUFFIXES and not (path.parent / CONFIG_FILE).is_file()
+
+
+def _only_merged(path: Path) -> CordaConvertError:
+    return UnsupportedInput(
+        f"{path} is a file of RWKV-PEFT, which can be merged, but not converted.",
+        why="It mostly holds whole tensors beside the factors (those of ln and time, which RWKV-PEFT trains by default), and "
+        "PEFT puts a LoRA on a model that transformers loads, which a .pth base is not.",
+        next_step=f"corda-convert merge BASE.pth --adapter {shlex.quote(str(path))} -o OUT, for LoRA with --alpha ALPHA, for "
+        "PiSSA with --init init_pissa.pth.",
+    )
 
 
 def _residual(trained: Sequence[Adapter], given: Given) -> Residual | Path:
