@@ -215,12 +215,15 @@ def test_what_is_wrong_with_the_options_is_said_all_at_once(tokenizer: Any, tmp_
         ("latin.txt", "eins\nzwei\nfünf".encode("latin-1"), "latin.txt, line 3: byte 0xfc (at 11) is not UTF-8"),
         ("latin.jsonl", b'{"text": "a"}\n{"text": "\xfc"}', "latin.jsonl, line 2: byte 0xfc"),
         ("cut.jsonl", '{"text": "a"}\n{"text": ', "cut.jsonl, line 2 is no JSON"),
-        ("number.jsonl", "7", "line 1 is a int"),
+        ("number.jsonl", "7", "line 1 is a number; a record is"),
         ("other.jsonl", '{"title": "a", "body": "b"}', "has no field text. It has: title, body"),
         ("null.jsonl", '{"text": null}', "text is no text, but null"),
         ("cut.json", '[{"text": "a"}', "cut.json is no JSON"),
         ("notes.md", "text", "is no file of text that is known by its ending"),
         ("fake.parquet", b"PAR1 no", "is no parquet file"),
+        ("deep.json", "[" * 100_000, "deep.json is no JSON: maximum recursion depth"),
+        ("deep.jsonl", "[" * 100_000, "deep.jsonl, line 1 is no JSON: maximum recursion depth"),
+        ("half.jsonl", '{"text": "a \\ud83d b"}', "half.jsonl, line 1: \\ud83d is half of a character"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_file_and_line(
@@ -234,10 +237,10 @@ def test_conversations_that_are_none_are_refused(tokenizer: Any, written: Callab
         return refused(CorpusOptions((written("chat.jsonl", [record]),), chat=True), using)
 
     assert "line 1 has no turns of a conversation. Its fields: title, body" in said({"title": "a", "body": "b"})
-    assert "messages are a list, not a dict" in said({"prompt": {}, "completion": "a"})
+    assert "messages are a list, not an object" in said({"prompt": {}, "completion": "a"})
     assert "has no message" in said({"messages": []})
     assert "neither `role` and `content`" in said({"messages": [{"text": "a"}]})
-    assert "a message's content is no text, but a NoneType" in said({"messages": [{"role": "user", "content": None}]})
+    assert "a message's content is no text, but null" in said({"messages": [{"role": "user", "content": None}]})
     plain = AutoTokenizer.from_pretrained(FIXTURES / "model")
     plain.chat_template = None
     assert "has no chat template" in said({"messages": CONVERSATION}, plain)
@@ -351,3 +354,28 @@ def test_a_file_that_is_a_folder_is_no_traceback(tokenizer: Any, tmp_path: Path)
         unreadable = tmp_path / "x.json"
         unreadable.write_text("3", encoding="utf-8")
         read_corpus(CorpusOptions((unreadable,)), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("{question", "a brace without its other half"),
+        ("question}{answer}", "a brace without its other half"),
+        ("Q: {}", "braces without a name"),
+        (" ", "it is empty"),
+    ],
+)
+def test_a_field_that_is_neither_a_name_nor_a_template_is_refused(field: str, message: str, tokenizer: Any) -> None:
+    assert message in refused(CorpusOptions((KNOWLEDGE,), (field,)), tokenizer)
+
+
+def test_braces_that_are_doubled_stand_for_themselves(tokenizer: Any, written: Callable[..., Path]) -> None:
+    path = written("a.jsonl", [{"a": "x"}])
+    (document,) = read_documents(CorpusOptions((path,), ('{{"a": {a}}}',), pack=False), tokenizer)
+    assert document.token_ids == tokenizer('{"a": x}')["input_ids"]
+
+
+def test_fields_of_text_without_fields_are_refused(tokenizer: Any) -> None:
+    text = FIXTURES / "data" / "knowledge.txt"
+    assert "a .txt file has no fields" in refused(CorpusOptions((text,), ("text",)), tokenizer)
+    assert read_stream(CorpusOptions((text, KNOWLEDGE), ("question",)), tokenizer)

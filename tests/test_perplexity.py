@@ -242,10 +242,14 @@ def test_every_token_is_scored_once_but_for_the_first_of_what_nothing_overlaps(
     [
         ((), "Neither a file nor a preset is given as text"),
         (("--data", "none.txt"), "There is no file of text none.txt"),
-        (("--data", ENGLISH, "--window", 8, "--stride", 9), "A window of 8 tokens every 9"),
+        (("--data", ENGLISH, "--window", 8, "--stride", 9), "--stride 9 leaves out tokens between windows of 8"),
+        (("--data", ENGLISH, "--window", 512, "--stride", 257), "The model has no more than 256 positions"),
         (("--data", ENGLISH, "--init", RESIDUAL), "--init goes with --adapter"),
         (("--data", ENGLISH, "--adapter", ADAPTERS / "corda"), "corda"),
-        (("--data", ENGLISH, "--max-tokens", 1), "there is none with another before it"),
+        (
+            ("--data", ENGLISH, "--max-tokens", 1),
+            "7063 tokens, of which --max-tokens 1 are measured: there is none with",
+        ),
         (("--data", TASK), "has no field text. It has: question, answer"),
     ],
 )
@@ -286,3 +290,19 @@ def test_an_adapter_that_unties_the_head_is_to_be_merged_first(command: Callable
     ran = command("perplexity", folder, "--data", ENGLISH, "--adapter", tmp_path / "adapter")
     assert ran.status == 1
     assert "Merge it first" in ran.err
+
+
+def test_a_tokenizer_with_more_words_than_the_model_is_refused(command: Callable[..., Ran], tmp_path: Path) -> None:
+    folder = save(
+        GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2)), tmp_path / "model"
+    )
+    for arguments in (("perplexity", folder), ("collect", folder, "-o", tmp_path / "covs.safetensors")):
+        ran = command(*arguments, "--data", ENGLISH)
+        assert (ran.status, ran.out) == (1, "")
+        assert "and the model's vocabulary ends at 299" in ran.err
+    assert not (tmp_path / "covs.safetensors").exists()
+
+
+def test_text_is_read_before_adapters_are_compared(command: Callable[..., Ran], tmp_path: Path) -> None:
+    ran = command("perplexity", MODEL, "--adapter", ADAPTERS / "corda", "--data", TASK, "--field", "nothing")
+    assert "has no field nothing" in ran.err

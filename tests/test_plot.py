@@ -44,7 +44,7 @@ def test_covariances_are_drawn_twice_with_the_same_bytes_in_both_formats(
             "-o",
             tmp_path / f"{name}.svg",
         )
-        assert "1 layers of 2 files" in ran.out
+        assert "1 layer of 2 files" in ran.out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.svg", "b.png", "b.svg"]
     for kind in ("png", "svg"):
         assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
@@ -82,7 +82,7 @@ def test_all_heatmaps_have_one_scale_on_which_an_outlier_is_the_brightest() -> N
 def test_without_names_the_layers_of_the_middle_block_are_drawn(done: Callable[..., Ran], tmp_path: Path) -> None:
     assert covs_operation.middle_layers(["b.0.x", "b.1.x", "b.1.y", "b.2.x"], 5) == ("b.1.x", "b.1.y")
     assert covs_operation.middle_layers(["x", "y", "z"], 2) == ("x", "y")
-    assert "4 layers of 1 files" in done("plot", "covs", KNOWLEDGE, "-o", tmp_path / "c.png").out
+    assert "4 layers of 1 file:" in done("plot", "covs", KNOWLEDGE, "-o", tmp_path / "c.png").out
 
 
 def test_singular_values_are_those_of_a_float64_svd(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_spectrum_of_the_weights_alone_needs_no_covariances(done: Callable[...
     ran = done(
         "plot", "spectrum", MODEL, "--method", "svd", "--layer", "layers.0.self_attn.q_proj", "-o", tmp_path / "s.png"
     )
-    assert ran.out == f"1 layers, svd: {tmp_path / 's.png'}\n"
+    assert ran.out == f"1 layer, svd: {tmp_path / 's.png'}\n"
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -191,7 +191,7 @@ def test_outputs_are_checked_before_anything_else(
     assert ran.status == 1
     for part in (
         f"{there} is there already",
-        "x.jpg is neither .png nor .svg",
+        "x.jpg has neither the ending .png nor .svg",
         f"There is no folder {tmp_path / 'no'}",
     ):
         assert part in ran.err
@@ -207,7 +207,10 @@ def test_outputs_are_checked_before_anything_else(
     [
         ((), "Method corda needs covariances"),
         (("--cov", KNOWLEDGE, "--mode", "kpm"), "--mode and --rank say together"),
-        (("--cov", KNOWLEDGE, "--mode", "kpm", "--rank", "97"), "Rank 97 is above what model.layers.3"),
+        (("--cov", KNOWLEDGE, "--method", "svd"), "Method svd takes no covariances"),
+        (("--cov", KNOWLEDGE, "--damp", "-1"), "--damp is -1.0; it is a number from 0 on"),
+        (("--cov", KNOWLEDGE, "--method", "asvd", "--asvd-alpha", "nan"), "--asvd-alpha is nan"),
+        (("--cov", KNOWLEDGE, "--mode", "kpm", "--rank", "97"), "--rank 97 is above what model.layers.3"),
         (("--cov", KNOWLEDGE, "--layer", "lm_head"), "matches no layer"),
     ],
 )
@@ -303,10 +306,10 @@ def test_results_of_perplexity_on_truncated_models_are_drawn_too(done: Callable[
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((MODEL, "--data", TEXT), "Method asvd, corda, svd-llm needs covariances"),
+        ((MODEL, "--data", TEXT), "Methods asvd, corda, svd-llm need covariances"),
         (
             (MODEL, "--data", TEXT, "--method", "svd", "--discard", 48),
-            "--truncate 48 leaves nothing of model.layers.0.self",
+            "--discard 48 leaves nothing of the smallest layer, which has 48 components",
         ),
         ((MODEL, "--method", "svd"), "Neither a file nor a preset is given as text"),
         (("--results", FIXTURES / "model" / "config.json"), "holds no result of perplexity or plot truncation"),
@@ -340,3 +343,24 @@ def test_incomplete_results_and_both_ways_at_once_are_refused(command: Callable[
     ran = command("plot", "truncation", "--results", path, "-o", tmp_path / "t.png")
     assert "None of the results is of a truncated model" in checked_refusal(ran, tmp_path / "t.png")
     assert command("plot", "truncation", MODEL, "--results", path, "-o", tmp_path / "t.png").status == 2
+    ran = command("plot", "truncation", "--results", path, "--damp", "0.1", "-o", tmp_path / "t.png")
+    assert (ran.status, "--damp is for measuring a MODEL" in ran.err) == (2, True)
+
+
+def test_wide_sweeps_have_their_counts_on_an_axis_of_powers_of_two() -> None:
+    (ax,) = truncation_figure([TruncationCurves("t", None, {"svd": [(8, 1.0), (16, 1.2), (64, 2.0)]})]).axes
+    assert ax.get_xscale() == "log"
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["8", "16", "64"]
+
+
+def test_pictures_that_matplotlib_cannot_draw_or_the_disk_not_take_are_refused(
+    command: Callable[..., Ran], tmp_path: Path
+) -> None:
+    many = {f"m.{number}.p": torch.eye(4) for number in range(190)}
+    save_file(many, tmp_path / "many.safetensors")
+    ran = command("plot", "covs", tmp_path / "many.safetensors", "--layer", ".*", "-o", tmp_path / "c.png")
+    assert "65,536 on a side are the limit.\nChoose fewer layers" in checked_refusal(ran, tmp_path / "c.png")
+    (tmp_path / ".c.png.part").mkdir()  # where the picture is written first
+    ran = command("plot", "covs", KNOWLEDGE, "-o", tmp_path / "c.png")
+    assert f"{tmp_path / 'c.png'} cannot be written: " in ran.err
+    assert not (tmp_path / "c.png").exists()

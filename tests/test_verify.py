@@ -639,6 +639,23 @@ def test_what_cannot_be_verified_is_refused_in_one_message(
     assert not facts["is_fine"] and expected in facts["problems"][0]["what"]
 
 
+def test_inputs_that_the_receipt_does_not_name_are_refused(made: Callable[[str], Path], command: Command) -> None:
+    given = ("verify", made("merge"), "--against", MODEL, "--adapter", LORA)
+    for more, message in (
+        (("--adapter", PATTERNS), f"{PATTERNS} is given with --adapter, and the receipt names 1 of that kind"),
+        (("--cov", TASK), f"{TASK} is given with --cov, and the receipt names none of that kind"),
+    ):
+        ran = command(*given, *more)
+        assert (ran.status, ran.out) == (1, "")
+        assert message in ran.err
+
+
+def test_a_sample_of_nothing_is_wrong_usage(made: Callable[[str], Path], command: Command) -> None:
+    ran = command("verify", made("merge"), "--sample", "all", "--seed", "3")
+    assert ran.status == 2
+    assert "--sample and --seed without --against MODEL" in ran.err
+
+
 def test_inputs_that_are_not_given_are_named_together(made: Callable[[str], Path], command: Command) -> None:
     ran = command("verify", made("merge with --init"), "--against", MODEL)
     assert ran.status == 1

@@ -88,11 +88,12 @@ def perplexity(model: Path, as_json: bool, quiet: bool, **options: Any) -> None:
 def _described(found: Perplexity) -> str:
     facts = found.facts
     with_adapters = "".join(f" + {adapter['name']}" for adapter in facts["adapters"])
-    unit = "records" if facts["records_apart"] else "windows"
+    unit = "window" if facts["windows"] == 1 else "windows"
     form = f"{facts['windows']:,} {unit} of up to {facts['window']:,} tokens"
     overlap = f", stride {facts['stride']:,}" if facts["stride"] != facts["window"] else ""
+    apart = ", each record by itself" if facts["records_apart"] else ""
     return (
         f"perplexity {found.value:.6g}  ({found.losses.mean:.6g} nats per token)\n"
         f"  model  {facts['model']}{with_adapters}, {facts['dtype']} on {facts['device']}, {facts['seconds']:.1f} s\n"
-        f"  text   {facts['text']}: {facts['tokens']:,} tokens scored in {form}{overlap}"
+        f"  text   {facts['text']}: {facts['tokens']:,} tokens scored in {form}{overlap}{apart}"
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from corda_convert.cli.corpus import corpus_from, text_options
 from corda_convert.cli.parameters import Damp
@@ -100,7 +101,7 @@ def covs(
     from corda_convert.operations.plot_covs import plot_covs
 
     chosen = plot_covs(files, outputs=outputs, layers=layers, cells=cells, overwrite=overwrite)
-    _say(f"{len(chosen)} layers of {len(files)} files", outputs, quiet=quiet)
+    _say(f"{_counted(len(chosen), 'layer')} of {_counted(len(files), 'file')}", outputs, quiet=quiet)
 
 
 @plot.command()
@@ -136,7 +137,7 @@ def spectrum(
         options=SpectrumOptions(methods=methods, **options),
         overwrite=overwrite,
     )
-    _say(f"{len(found)} layers, {', '.join(methods)}", outputs, quiet=quiet)
+    _say(f"{_counted(len(found), 'layer')}, {', '.join(methods)}", outputs, quiet=quiet)
 
 
 @plot.command()
@@ -196,17 +197,28 @@ def truncation(
     from corda_convert.operations.plot_truncation import plot_truncation, read_results
     from corda_convert.plotting.pictures import check_outputs
 
-    if (model is None) == (not results):
+    if model is None and not results:
         raise click.UsageError("Give a MODEL to measure, or --results.")
+    if model is not None and results:
+        raise click.UsageError("--results are drawn instead of measuring a MODEL; give one of the two.")
+    context = click.get_current_context()
+    if results and (
+        measuring := [
+            parameter.opts[-1]
+            for parameter in context.command.params
+            if parameter.name in options and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+        ]
+    ):
+        raise click.UsageError(f"{', '.join(measuring)} is for measuring a MODEL, not for --results.")
     check_outputs(outputs, overwrite=overwrite)
     found: list[Any] = list(read_results(results))
     if model is not None:
         found = [_swept(model, covariances, options, progress=not quiet)]
-    plot_truncation(found, outputs=outputs)
     if as_json:
         click.echo(json.dumps(found if len(found) > 1 else found[0], indent=1, ensure_ascii=False))
-    else:
-        _say(f"{len(found)} results", outputs, quiet=quiet)
+    plot_truncation(found, outputs=outputs)
+    if not as_json:
+        _say(_counted(len(found), "result"), outputs, quiet=quiet)
 
 
 def _swept(model: Path, covariances: Path | None, options: dict[str, Any], *, progress: bool) -> Any:
@@ -235,3 +247,7 @@ def _swept(model: Path, covariances: Path | None, options: dict[str, Any], *, pr
 def _say(what: str, outputs: tuple[Path, ...], *, quiet: bool) -> None:
     if not quiet:
         click.echo(f"{what}: {', '.join(map(str, outputs))}")
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from corda_convert.errors import CordaConvertError
 
@@ -71,6 +72,12 @@ def verify(folder: Path, **options: Any) -> None:
     Example:
       corda-convert verify merged --against fixtures/model --adapter fixtures/adapters/lora
     """
+    context = click.get_current_context()
+    chosen_sample = [
+        f"--{name}" for name in ("sample", "seed") if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    if chosen_sample and options["against"] is None and not options["adapters"]:
+        raise click.UsageError(f"{' and '.join(chosen_sample)} without --against MODEL: nothing is computed again.")
     from corda_convert.operations import verify as operation
     from corda_convert.output.verification import describe
 
@@ -91,10 +98,10 @@ def verify(folder: Path, **options: Any) -> None:
         if not options["as_json"]:
             raise
         click.echo(json.dumps(operation.failure(folder, problem), ensure_ascii=False))
-        click.get_current_context().exit(1)
+        context.exit(1)
     if options["as_json"]:
         click.echo(json.dumps(found.facts, ensure_ascii=False))
     elif not (options["quiet"] and found.is_fine):
         click.echo(describe(found.facts))
     if not found.is_fine:
-        click.get_current_context().exit(1)
+        context.exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class CorpusOptions:
 
     def _problems(self) -> list[CordaConvertError]:
         from corda_convert.corpus.presets import find_preset
+        from corda_convert.corpus.rendering import field_problem
 
         problems: list[CordaConvertError] = []
         if bool(self.files) == bool(self.preset):
@@ -66,6 +68,13 @@ class CorpusOptions:
                 problems.append(unknown)
             if self.field:
                 problems.append(UnsupportedInput("--field is for files; a preset knows its own fields."))
+        elif self.field and self.files and all(file.suffix.lower() == ".txt" for file in self.files):
+            problems.append(UnsupportedInput("--field is given, but a .txt file has no fields."))
+        problems += [
+            UnsupportedInput(f"--field {field!r} is no name or template: {why}.")
+            for field in self.field
+            if (why := field_problem(field)) is not None
+        ]
         problems += [problem for file in self.files if (problem := missing_file(file)) is not None]
         return problems
 
@@ -91,6 +100,19 @@ def limited_seq_len(seq_len: int, config: Any) -> tuple[int, str | None]:
     if seq_len <= longest:
         return seq_len, None
     return longest, f"Samples are {longest} tokens long, not {seq_len}: the model has no more positions."
+
+
+def check_token_ids(samples: Sequence[Sequence[int]], config: Any) -> None:
+    """Raises `UnsupportedInput` where a token's number is beyond the model's vocabulary."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    rows = getattr(text, "vocab_size", None)
+    highest = max((max(sample) for sample in samples if sample), default=0)
+    if isinstance(rows, int) and highest >= rows:
+        raise UnsupportedInput(
+            f"The tokenizer gives token {highest}, and the model's vocabulary ends at {rows - 1}.",
+            why="The tokenizer beside the weights is another model's, or was extended without them.",
+            next_step="Put the model's own tokenizer beside its weights.",
+        )
 
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")

@@ -53,7 +53,7 @@ class JsonLines(Sequence[Record]):
         place = f"{self._path}, line {number}"
         try:
             value = json.loads(decoded(line, place))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise MalformedFile(f"{place} is no JSON: {error}.") from None
         return Record(place, _checked(value, place))
 
@@ -144,7 +144,7 @@ def _read_json(path: Path) -> Sequence[Record]:
     content = _read_bytes(path).removeprefix(_UTF8_MARK)
     try:
         value = json.loads(decoded(content, str(path)))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if getattr(error, "msg", "") == "Extra data":
             return JsonLines(path)
         raise MalformedFile(f"{path} is no JSON: {error}.") from None
@@ -154,7 +154,7 @@ def _read_json(path: Path) -> Sequence[Record]:
             return [Record(str(path), value)]
         value = value[lists[0]]
     if not isinstance(value, list):
-        raise MalformedFile(f"{path} holds a {type(value).__name__}, not a list of records.")
+        raise MalformedFile(f"{path} holds {kind_of(value)}, not a list of records.")
     places = [f"{path}, record {number}" for number in range(1, len(value) + 1)]
     return [Record(place, _checked(inner, place)) for place, inner in zip(places, value, strict=True)]
 
@@ -168,7 +168,7 @@ def _read_parquet(path: Path) -> Sequence[Record]:
     try:
         return Rows(str(path), parquet.read_table(path))
     except (pyarrow.ArrowException, OSError) as error:
-        raise MalformedFile(f"{path} is no parquet file that pyarrow reads: {error}.") from None
+        raise MalformedFile(f"{path} is no parquet file that pyarrow reads: {str(error).rstrip('.')}.") from None
 
 
 def missing_library(what: str) -> CordaConvertError:
@@ -179,4 +179,10 @@ def missing_library(what: str) -> CordaConvertError:
 def _checked(value: Any, place: str) -> str | Mapping[str, Any]:
     if isinstance(value, str | dict):
         return value
-    raise MalformedFile(f"{place} is a {type(value).__name__}; a record is an object with fields, or a string.")
+    raise MalformedFile(f"{place} is {kind_of(value)}; a record is an object with fields, or a string.")
+
+
+def kind_of(value: Any) -> str:
+    """A value of JSON in words, for messages."""
+    names = {dict: "an object", list: "a list", type(None): "null", bool: "true or false", str: "a string"}
+    return names.get(type(value), "a number")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from corda_convert.corpus.records import Record
+from corda_convert.corpus.records import Record, kind_of
 from corda_convert.errors import MalformedFile, UnsupportedInput, some
 
 Messages = list[dict[str, str]]
@@ -25,6 +25,7 @@ _TURN_FIELDS = (
 )
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _TEMPLATE_PART = re.compile(r"\{\{|\}\}|\\n|\\t|\{([^{}]*)\}")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _LITERALS = {"{{": "{", "}}": "}", r"\n": "\n", r"\t": "\t"}
 
 
@@ -45,10 +46,14 @@ class Renderer:
     def text(self, record: Record) -> str:
         """The record's text. Raises `MalformedFile` naming the fields that are missing, or what a template refuses."""
         if self.chat:
-            return self._chat_text(record)
-        if isinstance(record.value, str):
-            return record.value
-        return "\n".join(_filled(field, record) for field in self.fields or ("text",))
+            text = self._chat_text(record)
+        elif isinstance(record.value, str):
+            text = record.value
+        else:
+            text = "\n".join(_filled(field, record) for field in self.fields or ("text",))
+        if not text.isascii() and (half := _LONE_SURROGATE.search(text)):
+            raise MalformedFile(f"{record.place}: \\u{ord(half[0]):04x} is half of a character, so this is no text.")
+        return text
 
     def token_ids(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Tokens of a text; a chat template has written its own special tokens, so none are added to these."""
@@ -71,6 +76,16 @@ class Renderer:
         except Exception as error:  # a template raises what it likes, in jinja2's classes and others
             raise MalformedFile(f"{record.place}: the chat template refuses these messages: {error}.") from None
         return str(rendered)
+
+
+def field_problem(field: str) -> str | None:
+    """What is wrong with a name or template of `CorpusOptions.field`, or None."""
+    if "{" not in field:
+        return None if field.strip() else "it is empty"
+    if any(part[1] is not None and not part[1].strip() for part in _TEMPLATE_PART.finditer(field)):
+        return "braces without a name of a field in them"
+    rest = _TEMPLATE_PART.sub("", field)
+    return "a brace without its other half; {{ and }} stand for braces themselves" if set("{}") & set(rest) else None
 
 
 def messages_of(record: Record, fields: Sequence[str] = ()) -> Messages:
@@ -118,7 +133,10 @@ def _listed(value: Any, record: Record) -> Messages:
     """Messages as `role` and `content`, as `from` and `value`, or as pairs of `human` and `assistant`."""
     turns: Messages = []
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise MalformedFile(f"{record.place}: messages are a list, not a {type(value).__name__}.")
+        raise MalformedFile(
+            f"{record.place}: messages are a list, not {kind_of(value)}.",
+            next_step="Name the field that holds messages, or two fields: --field QUESTION --field ANSWER.",
+        )
     for message in value:
         found = message if isinstance(message, Mapping) else {}
         if "content" in found and "role" in found:
@@ -143,7 +161,7 @@ def _content(content: Any, record: Record) -> str:
         isinstance(part, Mapping) and part.get("type") == "text" for part in content
     ):
         return "".join(str(part.get("text", "")) for part in content)
-    raise MalformedFile(f"{record.place}: a message's content is no text, but a {type(content).__name__}.")
+    raise MalformedFile(f"{record.place}: a message's content is no text, but {kind_of(content)}.")
 
 
 def _filled(field: str, record: Record) -> str:
@@ -162,7 +180,7 @@ def _text_at(name: str, record: Record) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise MalformedFile(f"{record.place}: {name} is no text, but {_kind(value)}.")
+        raise MalformedFile(f"{record.place}: {name} is no text, but {kind_of(value)}.")
     return str(value)
 
 
@@ -185,7 +203,3 @@ def _value_at(name: str, record: Record) -> Any:
                 f'--field "{" ".join(f"{{{field}}}" for field in fields[:2]) or "{text}"}"',
             )
     return value
-
-
-def _kind(value: Any) -> str:
-    return {dict: "an object", list: "a list", type(None): "null", bool: "true or false"}.get(type(value), "no string")

@@ -17,7 +17,7 @@ from corda_convert.checkpoint.quantized import quantization_of
 from corda_convert.checkpoint.safetensors_file import SafetensorsFile
 from corda_convert.checkpoint.tensors import TensorRef
 from corda_convert.corpus import read_corpus
-from corda_convert.corpus.options import limited_seq_len
+from corda_convert.corpus.options import check_token_ids, limited_seq_len
 from corda_convert.corpus.tokenizers import read_tokenizer
 from corda_convert.errors import UnsupportedInput, raise_problems, some
 from corda_convert.hub_reading import fetch, located
@@ -107,6 +107,7 @@ def _prepare(model: Path | str, output: Path, options: CollectOptions, run: RunO
     seq_len, shortened = limited_seq_len(options.corpus.seq_len, architecture.model.config)
     text = replace(options.corpus, seq_len=seq_len)
     corpus = read_corpus(text, read_tokenizer(checkpoint.root, trust_remote_code=options.trust_remote_code))
+    check_token_ids(corpus.samples, architecture.model.config)
     if shortened is not None and max(map(len, corpus.samples)) == seq_len:
         corpus = replace(corpus, warnings=(shortened, *corpus.warnings))
     is_alone = bool(wanted.stacks) or any(".experts." in name for name in wanted.widths)
@@ -237,7 +238,6 @@ def _progress(job: CollectJob, batches: int) -> Iterator[Callable[[], object]]:
         yield lambda: bar.update()
 
 
-def _seal(job: CollectJob, work: Work, parts: Sequence[Finished], begun: float) -> dict[str, Any]:
 def _unreached_experts(job: CollectJob, tokens: Mapping[str, int]) -> list[str]:
     """What to tell of experts that no token reached, where each has a covariance of its own."""
     if job.options.experts != "each":
@@ -255,6 +255,7 @@ def _unreached_experts(job: CollectJob, tokens: Mapping[str, int]) -> list[str]:
     return [f"No token reached {sum(map(len, lacking.values()))} experts: {named}. They have no covariance."]
 
 
+def _seal(job: CollectJob, work: Work, parts: Sequence[Finished], begun: float) -> dict[str, Any]:
     """Puts the parts together as the output. Returns the receipt."""
     files = [SafetensorsFile(part.path) for part in parts]
     tensors = [OutputTensor(spec.name, TensorRef(file, spec)) for file in files for spec in file.specs.values()]
@@ -275,8 +276,8 @@ def _unreached_experts(job: CollectJob, tokens: Mapping[str, int]) -> list[str]:
         },
     )
     starved = [name for name, count in partial.items() if count == 0]
-    facts = {
     warnings = [f"No token reached {some(starved)}."] if starved else []
+    facts = {
         **job.receipt(),
         "warnings": [*job.warnings(), *warnings, *_unreached_experts(job, tokens)],
         "inputs": [model_input(job.checkpoint), *text_inputs(job.options.corpus)],

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corda_convert.checkpoint.folder import RECEIPT_FILE, Checkpoint, read_json
-from corda_convert.corpus.options import CorpusOptions, limited_seq_len
+from corda_convert.corpus.options import CorpusOptions, check_token_ids, limited_seq_len
 from corda_convert.corpus.reading import read_documents, read_stream
 from corda_convert.corpus.tokenizers import read_tokenizer
 from corda_convert.corpus.windows import Window, sliding_windows
@@ -124,19 +124,19 @@ def perplexity(
     base = read_base(located(model, "model"), RunOptions())
     shards = [shard.path for shard in base.stored.shards]
     try:
-        if adapters:  # whose weights are compared with the model's
-            fetch(shards, progress=options.progress)
-        found = adapted(
-            base.readable,
-            adapters,
-            init=init,
-            dtype=None if options.dtype is None else DTYPES[options.dtype],
-            as_is=options.as_is,
-            device=device,
-        )
-        architecture = build_model(found.checkpoint, options)
-        text = read_text(found.checkpoint.root, corpus, options, architecture.model.config)
+        architecture, found = build_model(base.readable, options), Adapted(base.readable)
+        text = read_text(base.readable.root, corpus, options, architecture.model.config)
         fetch(shards, progress=options.progress)
+        if adapters:  # whose weights are compared with the model's
+            found = adapted(
+                base.readable,
+                adapters,
+                init=init,
+                dtype=None if options.dtype is None else DTYPES[options.dtype],
+                as_is=options.as_is,
+                device=device,
+            )
+            architecture = build_model(found.checkpoint, options)
         losses = window_losses(
             architecture,
             text.windows,
@@ -173,6 +173,12 @@ def read_text(folder: Path, corpus: CorpusOptions, options: PerplexityOptions, c
     tokenizer = read_tokenizer(folder, trust_remote_code=options.trust_remote_code)
     window, warning = limited_seq_len(options.window or WINDOW, config)
     stride = window if options.stride is None else options.stride
+    if stride > window:
+        raise UnsupportedInput(
+            f"--stride {stride} leaves out tokens between windows of {window}.",
+            why=None if window == (options.window or WINDOW) else f"The model has no more than {window} positions.",
+            next_step=f"Choose a --stride from 1 to {window}.",
+        )
     if corpus.pack is False:
         texts = [document.token_ids for document in read_documents(corpus, tokenizer, evaluation=True)]
     else:
@@ -182,7 +188,9 @@ def read_text(folder: Path, corpus: CorpusOptions, options: PerplexityOptions, c
         texts = _first(texts, options.max_tokens)
     windows = [each for text in texts for each in sliding_windows(text, window, stride)]
     if not windows:
-        raise MalformedFile(f"{_name(corpus)} has {tokens} tokens: there is none with another before it.")
+        measured = "" if options.max_tokens is None else f", of which --max-tokens {options.max_tokens} are measured"
+        raise MalformedFile(f"{_name(corpus)} has {tokens} tokens{measured}: there is none with another before it.")
+    check_token_ids(texts, config)
     facts = {
         "text": _name(corpus),
         "records_apart": corpus.pack is False,

@@ -12,8 +12,9 @@ from corda_convert.checkpoint.folder import read_checkpoint
 from corda_convert.checkpoint.names import NameMap
 from corda_convert.checkpoint.structure import read_structure
 from corda_convert.checkpoint.tensors import read_tensor
-from corda_convert.errors import CordaConvertError, InputNotFound, NotFinite, UnsupportedInput, raise_problems
+from corda_convert.errors import CordaConvertError, NotFinite, UnsupportedInput, raise_problems
 from corda_convert.hub_reading import fetch, located
+from corda_convert.operations.compared_methods import method_problems
 from corda_convert.operations.contexts import ContextMethod, Method
 from corda_convert.operations.options import resolve_device
 from corda_convert.operations.plot_covs import matching, middle_layers
@@ -22,11 +23,10 @@ from corda_convert.operations.targets import (
     Target,
     choose_targets,
     context_problems,
-    rank_problems,
     with_contexts,
 )
-from corda_convert.plotting.pictures import check_outputs, save
-from corda_convert.plotting.spectra import Cut, Spectrum, spectra_figure
+from corda_convert.plotting.pictures import check_outputs, check_size, save
+from corda_convert.plotting.spectra import Cut, Spectrum, layout_of, spectra_figure
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +78,7 @@ def plot_spectrum(
     matrices = None if covariances is None else at_run_time(read_covariances(covariances), names)
     try:
         by_method = _targets(names, matrices, options)
+        check_size(*layout_of(len(by_method))[2:])
         fetch([shard.path for shard in checkpoint.shards], progress=False)
         spectra = [_spectrum(targets, matrices, options, device) for targets in by_method]
         cut = None if options.mode is None or options.rank is None else Cut(options.rank, options.mode)
@@ -97,9 +98,18 @@ def _targets(names: NameMap, matrices: Covariances | None, options: SpectrumOpti
     modules = [target.module_name for target in targets]
     chosen = matching(modules, options.layers) if options.layers else middle_layers(modules, MOST_BY_DEFAULT)
     found = {target.module_name: target for target in targets}
+    chosen = tuple(sorted(chosen, key=_by_block))
     layers = [found[module] for module in chosen]
     if options.rank is not None:
-        problems += rank_problems(layers, dict.fromkeys(chosen, options.rank), is_truncated=False)
+        problems += [
+            UnsupportedInput(
+                f"--rank {options.rank} is above what {target.module_name} has: its weight is "
+                f"({target.d_out}, {target.d_in}), {min(target.d_out, target.d_in)} components.",
+                next_step="Choose a smaller --rank, or other layers with --layer.",
+            )
+            for target in layers
+            if options.rank > min(target.d_out, target.d_in)
+        ]
     weighed: dict[Method, tuple[Target, ...]] = {}
     for method in options.methods:
         if method == "svd" or matrices is None:
@@ -111,16 +121,13 @@ def _targets(names: NameMap, matrices: Covariances | None, options: SpectrumOpti
     return [{method: weighed[method][place] for method in options.methods} for place in range(len(layers))]
 
 
+def _by_block(module_name: str) -> list[tuple[int, str]]:
+    """Orders modules by name, numbers in them as numbers."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in module_name.split(".")]
+
+
 def _option_problems(matrices: Covariances | None, options: SpectrumOptions) -> list[CordaConvertError]:
-    problems: list[CordaConvertError] = []
-    weighted = [method for method in options.methods if method != "svd"]
-    if weighted and matrices is None:
-        problems.append(
-            InputNotFound(
-                f"Method {', '.join(weighted)} needs covariances.",
-                next_step="Give them with --cov FILE, or draw the weights' own singular values with --method svd.",
-            )
-        )
+    problems = method_problems(options.methods, matrices, options.damp, options.asvd_alpha)
     if (options.mode is None) != (options.rank is None):
         problems.append(
             UnsupportedInput("--mode and --rank say together which values are taken.", next_step="Give both, or none.")

@@ -16,8 +16,9 @@ from corda_convert.checkpoint.names import NameMap
 from corda_convert.checkpoint.structure import read_structure
 from corda_convert.checkpoint.tensors import dtype_name
 from corda_convert.corpus.options import CorpusOptions
-from corda_convert.errors import CordaConvertError, InputNotFound, UnsupportedInput, raise_problems, some
+from corda_convert.errors import CordaConvertError, UnsupportedInput, raise_problems, some
 from corda_convert.hub_reading import fetch, located
+from corda_convert.operations.compared_methods import method_problems
 from corda_convert.operations.computed import with_computed
 from corda_convert.operations.contexts import Method
 from corda_convert.operations.decomposition import DecomposeTransform, Names
@@ -28,7 +29,6 @@ from corda_convert.operations.targets import (
     Target,
     choose_targets,
     context_problems,
-    rank_problems,
     with_contexts,
 )
 from corda_convert.operations.window_losses import Losses, window_losses
@@ -157,15 +157,7 @@ def _plan(
     """What is run, and warnings. Raises every problem together."""
     names = NameMap(checkpoint, read_structure(checkpoint.root, checkpoint.config, checkpoint.tensors))
     matrices = None if covariances is None else at_run_time(read_covariances(covariances), names)
-    weighted = [method for method in options.methods if method != "svd"]
-    problems: list[CordaConvertError] = []
-    if weighted and matrices is None:
-        problems.append(
-            InputNotFound(
-                f"Method {', '.join(weighted)} needs covariances.",
-                next_step="Give them with --cov FILE, or try the plain SVD alone with --method svd.",
-            )
-        )
+    problems = method_problems(options.methods, matrices, options.damp, options.asvd_alpha)
     if odd := [count for count in options.discarded if count < 1]:
         problems.append(UnsupportedInput(f"{odd[0]} components cannot be discarded; 1 is the least."))
     raise_problems(problems)
@@ -179,9 +171,14 @@ def _plan(
                 next_step="Say how many: --discard 2 --discard 4",
             )
         )
-    for count in discarded:
-        ranks = {target.module_name: count for target in chosen.targets}
-        problems += rank_problems(chosen.targets, ranks, is_truncated=True)[:1]
+    problems += [
+        UnsupportedInput(
+            f"--discard {count} leaves nothing of the smallest layer, which has {least} components.",
+            next_step="Choose a smaller number.",
+        )
+        for count in discarded
+        if count >= least
+    ]
     weighed = _weighed(chosen.targets, matrices, options.methods, problems)
     raise_problems([*chosen.problems, *problems])
     tokens = None if matrices is None else matrices.count("tokens")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,14 +65,30 @@ def input_files(sealed: Sealed, sources: Sources, scales: Sequence[float]) -> li
             else:
                 problems.append(
                     InputNotFound(
-                        f"{given} has no {file.name}, which the receipt names of its {listed.role} {listed.name}.",
-                        why="It is another one.",
-                        next_step=f"Give {listed.name} with {option}.",
+                        f"{given} has no {file.name}, which the receipt names as a file of {listed.name}, its {listed.role}.",
+                        why=f"This is another folder than the {listed.role} that the output was made of.",
+                        next_step=f"Give that one with {option}.",
                     )
                 )
+    problems += _unnamed(sealed, sources)
     problems += _scale_problems(sealed, scales)
     raise_problems(problems)
     return pairs
+
+
+def _unnamed(sealed: Sealed, sources: Sources) -> Iterator[CordaConvertError]:
+    """Inputs that are given, and that the receipt does not name; a LoRA may be compared on any model."""
+    options = (
+        ("--adapter", sources.adapters),
+        ("--cov", () if sources.covariances is None else (sources.covariances,)),
+    )
+    for option, given in options:
+        named = [listed for listed in sealed.inputs if OPTION_OF_ROLE.get(listed.role) == option]
+        for path in given[len(named) :]:
+            yield AdapterMismatch(
+                f"{path} is given with {option}, and the receipt names {len(named) or 'none'} of that kind.",
+                next_step="Leave it out, or give the folder that was made of it.",
+            )
 
 
 def _scale_problems(sealed: Sealed, scales: Sequence[float]) -> list[CordaConvertError]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg")
+
+DOTS_PER_INCH = 150
+
+MOST_PIXELS = 1 << 16
 
 SEQUENTIAL = "cividis"
 """Read alike with and without red-green blindness, and in grey."""
@@ -48,15 +53,22 @@ def check_outputs(outputs: Sequence[Path], *, overwrite: bool) -> None:
     if not outputs:
         problems.append(UnsupportedInput("No file to draw into is given.", next_step="Name one: -o picture.png"))
     for output in outputs:
-        if output.suffix.lower() not in FORMATS:
+        if output.is_dir():
+            problems.append(OutputRefused(f"{output} is a folder.", next_step="Name a file: -o picture.png"))
+        elif output.suffix.lower() not in FORMATS:
             problems.append(
-                UnsupportedInput(f"{output} is neither .png nor .svg.", next_step="Name the picture by one of these.")
+                UnsupportedInput(
+                    f"{output} has neither the ending .png nor .svg.", next_step="Its ending chooses the format."
+                )
             )
-        if output.is_dir() or (output.exists() and not overwrite):
-            what = "is a folder" if output.is_dir() else "is there already"
-            problems.append(OutputRefused(f"{output} {what}.", next_step="Choose another name, or give --overwrite."))
+        elif output.exists() and not overwrite:
+            problems.append(
+                OutputRefused(f"{output} is there already.", next_step="Choose another name, or give --overwrite.")
+            )
         elif not output.parent.is_dir():
             problems.append(OutputRefused(f"There is no folder {output.parent} for {output.name}."))
+        elif not os.access(output.parent, os.W_OK):
+            problems.append(OutputRefused(f"{output} cannot be written: {output.parent} is read-only for you."))
     problems += _missing_library()
     raise_problems(problems)
 
@@ -98,11 +110,22 @@ def drawing() -> Iterator[None]:
         yield
 
 
+def check_size(width: float, height: float) -> None:
+    """Raises `UnsupportedInput` for a picture, in inches, of more pixels on a side than matplotlib draws."""
+    if max(width, height) * DOTS_PER_INCH >= MOST_PIXELS:
+        raise UnsupportedInput(
+            f"The picture would have {width * DOTS_PER_INCH:,.0f} × {height * DOTS_PER_INCH:,.0f} pixels; "
+            f"{MOST_PIXELS:,} on a side are the limit.",
+            next_step="Choose fewer layers with --layer, or fewer files.",
+        )
+
+
 def new_figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
     """A figure of `rows` × `columns` axes, `width` × `height` inches in all, and its axes by row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    check_size(width, height)
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes: Any = figure.subplots(rows, columns, squeeze=False)
@@ -110,16 +133,22 @@ def new_figure(rows: int, columns: int, *, width: float, height: float) -> tuple
 
 
 def save(figure: Figure, outputs: Sequence[Path]) -> None:
-    """Writes the figure to each file, in the format of its ending; each is there whole or not at all."""
+    """Writes the figure to each file, in the format of its ending; each is there whole or not at all.
+
+    Raises `OutputRefused` where it cannot be written.
+    """
     for output in outputs:
         kind = output.suffix.lower().removeprefix(".")
         content = io.BytesIO()
         metadata: dict[str, Any] = {"Date": None, "Creator": "corda-convert"} if kind == "svg" else {"Software": None}
         with drawing():
-            figure.savefig(content, format=kind, dpi=150, metadata=metadata)
+            figure.savefig(content, format=kind, dpi=DOTS_PER_INCH, metadata=metadata)
         part = output.with_name(f".{output.name}.part")
         try:
             part.write_bytes(content.getvalue())
             part.replace(output)
+        except OSError as error:
+            raise OutputRefused(f"{output} cannot be written: {error.strerror or error}.") from None
         finally:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)

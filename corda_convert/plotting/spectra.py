@@ -36,12 +36,18 @@ class Spectrum:
     values: Mapping[str, Sequence[float]]
 
 
+def layout_of(count: int) -> tuple[int, int, float, float]:
+    """Rows, columns, width and height in inches of a figure with `count` panels."""
+    columns = min(MOST_COLUMNS, count)
+    rows = ceil(count / columns)
+    return rows, columns, 1.2 + 3.1 * columns, 0.8 + 2.3 * rows
+
+
 def spectra_figure(spectra: Sequence[Spectrum], cut: Cut | None) -> Figure:
     """A panel for each layer, a curve for each method, relative to its largest value; what is taken is shaded."""
     with drawing():
-        columns = min(MOST_COLUMNS, len(spectra))
-        rows = ceil(len(spectra) / columns)
-        figure, axes = new_figure(rows, columns, width=1.2 + 3.1 * columns, height=0.8 + 2.3 * rows)
+        rows, columns, width, height = layout_of(len(spectra))
+        figure, axes = new_figure(rows, columns, width=width, height=height)
         places = [ax for row in axes for ax in row]
         for spectrum, ax in zip(spectra, places, strict=False):
             _draw(ax, spectrum, cut)

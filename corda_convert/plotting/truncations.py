@@ -28,7 +28,7 @@ class TruncationCurves:
 
 
 def truncation_figure(panels: Sequence[TruncationCurves]) -> Figure:
-    """A panel for each text, a curve for each method; logarithmic from a factor of 5 between ends on."""
+    """A panel for each text, a curve for each method; an axis is logarithmic from a factor of 5 between its ends on."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     with drawing():
@@ -55,6 +55,11 @@ def truncation_figure(panels: Sequence[TruncationCurves]) -> Figure:
                 ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
                 ax.yaxis.set_major_formatter("{x:,.6g}")
                 ax.yaxis.set_minor_formatter(NullFormatter())
+            counts = sorted({discarded for points in panel.curves.values() for discarded, _ in points})
+            if counts and counts[-1] > 5 * counts[0]:
+                ax.set_xscale("log", base=2)
+                ax.set_xticks(counts, [f"{count:,}" for count in counts])
+                ax.xaxis.set_minor_formatter(NullFormatter())
             ax.set_title(panel.text)
             ax.set_xlabel("smallest components discarded in each layer")
         axes[0][0].set_ylabel("perplexity")
