@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+# A process for each core, of one thread each: more threads than cores wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
 .PHONY: help demo test test-long fuzz lint check format benchmarks clean
 
@@ -27,11 +29,11 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+	$(PYTEST)
 
 test-long: $(READY)
-	CORDA_CONVERT_KILLS=200 $(BIN)/python -m pytest -v -n auto --maxprocesses 8 tests/test_resume.py -k killed
-	CORDA_CONVERT_FUZZ=20000 $(BIN)/python -m pytest -v -n auto --maxprocesses 8 tests/test_fuzz.py
+	CORDA_CONVERT_KILLS=200 $(PYTEST) -v tests/test_resume.py -k killed
+	CORDA_CONVERT_FUZZ=20000 $(PYTEST) -v tests/test_fuzz.py
 	$(BIN)/python tests/fuzzing/coverage_guided.py --seconds 120
 
 fuzz: $(READY)

@@ -29,7 +29,7 @@ COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if l
 pytestmark = pytest.mark.xdist_group("readme")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # among tests of other files a module's would end in between
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the README's relative paths mean what they say."""
     folder = tmp_path_factory.mktemp("readme")
