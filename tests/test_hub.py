@@ -610,3 +610,44 @@ print(json.dumps([made.url, made.commit]))
         assert done.returncode == 1
         assert "hf auth login" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda receipt: receipt.pop("files"), "it has no 'files'"),
+        (lambda receipt: receipt.update(files=None), "is damaged"),
+        (lambda receipt: receipt["files"][0].pop("bytes"), "it has no 'bytes'"),
+        (lambda receipt: receipt["files"][0].update(name=["a"]), "stands where a name was expected"),
+        (lambda receipt: receipt["files"][0].update(name="../a"), "is no path of a file in the folder"),
+        (lambda receipt: receipt["files"].append(receipt["files"][0]), "a file stands twice"),
+        (lambda receipt: receipt["files"].append({"name": "b", "bytes": "1", "sha256": 1}), "size was expected"),
+        (lambda receipt: receipt.update(streamed_to={"files": [["a"]]}, inputs=7), "is damaged"),
+        (lambda receipt: receipt.update(result=float("nan")), "is damaged: Out of range float"),
+        (lambda receipt: receipt.update(format_version=2), "receipt version 2"),
+    ],
+)
+def test_push_refuses_a_damaged_receipt_in_one_message(
+    hub: Hub, damage, said: str, command, tmp_path: Path, monkeypatch
+) -> None:
+    folder = tmp_path / "output"
+    folder.mkdir()
+    (folder / "README.md").write_text("# output\n")
+    digest = hashlib.sha256(b"# output\n").hexdigest()
+    receipt = {
+        "format": "corda_convert.receipt",
+        "format_version": 1,
+        "command": "merge",
+        "options": {},
+        "inputs": [],
+        "files": [{"name": "README.md", "bytes": 9, "sha256": digest}],
+        "tensors": [],
+    }
+    damage(receipt)
+    (folder / "corda_convert.json").write_text(json.dumps(receipt))
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    ran = command("push", folder, "alice/lora")
+    assert (ran.status, ran.out) == (1, "")
+    assert said in ran.err
+    assert "Traceback" not in ran.err
+    assert hub.repositories == {}

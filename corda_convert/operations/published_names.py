@@ -9,6 +9,7 @@ from typing import Any
 
 from corda_convert.adapters.source import CONFIG_FILE
 from corda_convert.checkpoint.folder import INITIAL_ADAPTER_FOLDER, RECEIPT_FILE, read_json
+from corda_convert.errors import MalformedFile
 from corda_convert.hub import PublishedFile, published_content
 from corda_convert.output.licence import CARD_FILE
 from corda_convert.output.receipt import encode_receipt
@@ -23,7 +24,7 @@ def named_for(
     """The files as they are published: card, initial adapter and receipt name the repository, where they named the folder.
 
     The card's snippet and `base_model_name_or_path` of `corda_init` would lead nowhere else. The receipt that goes with them
-    has their new digests, and `published_as`; the folder itself stays as it is.
+    has their new digests, and `published_as`; the folder itself stays as it is. Raises `MalformedFile`.
     """
     contents = _renamed(repo_id, folder, {file.name for file in files})
     if not contents:
@@ -35,7 +36,12 @@ def named_for(
         else entry
         for entry in receipt["files"]
     ]
-    text = encode_receipt({**receipt, "files": entries, "published_as": repo_id})
+    try:
+        text = encode_receipt({**receipt, "files": entries, "published_as": repo_id})
+    except ValueError as error:
+        raise MalformedFile(
+            f"{folder / RECEIPT_FILE} is damaged: {error}.", next_step="Make the folder again."
+        ) from None
     new[RECEIPT_FILE] = published_content(RECEIPT_FILE, text.encode("utf-8"))
     return [new.get(file.name, file) for file in files]
 
@@ -44,7 +50,10 @@ def _renamed(repo_id: str, folder: Path, names: set[str]) -> dict[str, bytes]:
     """The contents that name the folder, with the repository's name in its place."""
     found: dict[str, bytes] = {}
     if CARD_FILE in names:
-        card = (folder / CARD_FILE).read_text("utf-8")
+        try:
+            card = (folder / CARD_FILE).read_text("utf-8")
+        except UnicodeDecodeError:
+            raise MalformedFile(f"{folder / CARD_FILE} is no text.", next_step="Make the folder again.") from None
         name = next((line.removeprefix("# ") for line in card.splitlines() if line.startswith("# ")), repo_id)
         if name != repo_id:
             quoted, heading = json.dumps(name, ensure_ascii=False), f"\n# {name}\n"

@@ -12,7 +12,8 @@ from corda_convert import hub
 from corda_convert.checkpoint.folder import RECEIPT_FILE
 from corda_convert.errors import InputNotFound, MalformedFile, PublishFailed, some
 from corda_convert.operations.published_names import named_for
-from corda_convert.output.receipt import read_receipt, streamed_files
+from corda_convert.operations.verify_receipt import Sealed, read_sealed
+from corda_convert.output.receipt import streamed_files
 from corda_convert.output.summary import describe
 
 if TYPE_CHECKING:
@@ -39,29 +40,29 @@ def push(
         commit_message: first line of the commit.
 
     Raises `InputNotFound`, `MalformedFile` for a folder that is not sealed or was altered since (the files are listed),
-    or `PublishFailed`.
+    `UnsupportedInput` for a receipt of another version, or `PublishFailed`.
     """
     path = Path(folder)
     if not path.is_dir():
         raise InputNotFound(f"No such folder: {path}", next_step="Give an output folder of corda-convert.")
-    receipt = read_receipt(path)
-    if receipt is None:
+    if not (path / RECEIPT_FILE).is_file():
         raise PublishFailed(
             f"{path} holds no {RECEIPT_FILE}, so it is not a finished output of corda-convert.",
             next_step="Make it again, or upload it yourself:  hf upload " + f"{repo_id} {path}",
         )
+    sealed = read_sealed(path)
     destination = hub.Destination(repo_id, private, revision, create_pr, commit_message)
     hub.check_access(destination)
     files = hub.published_files(path)
-    altered = altered_files(receipt, files)
+    altered = altered_files(sealed, files)
     if altered:
         raise MalformedFile(
             f"{path} is not what its receipt says: {some(altered, 8)}.",
             why="Files were changed, added or removed after it was made.",
             next_step="Make it again.",
         )
-    files = named_for(repo_id, path, receipt, files)
-    return _publish(path, receipt, destination, [*files, *_only_on_the_hub(receipt, files)])
+    files = named_for(repo_id, path, sealed.receipt, files)
+    return _publish(path, sealed.receipt, destination, [*files, *_only_on_the_hub(sealed, files)])
 
 
 def publish(folder: Path, receipt: Mapping[str, Any], destination: hub.Destination) -> hub.Publication:
@@ -84,13 +85,13 @@ def destination_of(run: RunOptions) -> hub.Destination | None:
     return hub.Destination(run.push_to, run.private, run.revision, run.create_pr, run.commit_message)
 
 
-def _only_on_the_hub(receipt: Mapping[str, Any], files: list[hub.PublishedFile]) -> list[hub.PublishedFile]:
+def _only_on_the_hub(sealed: Sealed, files: list[hub.PublishedFile]) -> list[hub.PublishedFile]:
     """The weights that `--stream` has left on the Hub only: they must be in the repository as the receipt has them."""
-    here = {file.name for file in files}
+    elsewhere = streamed_files(sealed.receipt) - {file.name for file in files}
     return [
-        hub.PublishedFile(str(entry["name"]), entry["bytes"], entry["sha256"], None)
-        for entry in receipt["files"]
-        if entry["name"] in streamed_files(receipt) and entry["name"] not in here
+        hub.PublishedFile(listed.name, listed.nbytes, str(listed.sha256), None)
+        for listed in sealed.files.values()
+        if listed.name in elsewhere
     ]
 
 
@@ -106,19 +107,16 @@ def commit_description(receipt: Mapping[str, Any], destination: hub.Destination)
     return ""
 
 
-def altered_files(receipt: Mapping[str, Any], files: list[hub.PublishedFile]) -> list[str]:
+def altered_files(sealed: Sealed, files: list[hub.PublishedFile]) -> list[str]:
     """What differs between a folder's files and its receipt: missing, added and changed ones."""
-    entries = receipt.get("files")
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        return ["the receipt lists no files"]
-    listed = {str(entry.get("name")): (entry.get("bytes"), entry.get("sha256")) for entry in entries}
+    listed = sealed.files
     present = {file.name: file for file in files if file.name != RECEIPT_FILE}
-    elsewhere = streamed_files(receipt)
+    elsewhere = streamed_files(sealed.receipt)
     differing = [f"{name} is missing" for name in listed if name not in present and name not in elsewhere]
     differing += [f"{name} was added" for name in present if name not in listed]
     differing += [
         f"{name} was changed"
         for name, file in present.items()
-        if name in listed and listed[name] != (file.nbytes, file.sha256)
+        if name in listed and (listed[name].nbytes, listed[name].sha256) != (file.nbytes, file.sha256)
     ]
     return differing
