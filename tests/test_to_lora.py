@@ -64,6 +64,7 @@ pytestmark = [
 ]
 
 NAMES = sorted({name.rpartition(".")[2] for name in LINEARS})
+WEIGHTS = "adapter_model.safetensors"
 IDS = torch.tensor([[1, 5, 9, 2, 30, 17, 3, 8, 26, 11]])
 
 
@@ -357,10 +358,24 @@ def test_a_head_that_is_tied_is_warned_of(tmp_path: Path) -> None:
     for targets in (["lm_head", "q_proj"], ["q_proj"]):
         folder = tmp_path / targets[0]
         initial, trained, _ = trained_by_peft(base, folder, init_lora_weights="pissa", r=2, target_modules=targets)
-        outcome = to_lora(trained, init=initial, output=folder / "out", options=ToLoraOptions(base=str(base)))
-        missed = logits(adapted(base, folder / "out")) - logits(adapted(folder / "residual", trained))
-        warned.append((float(missed.abs().max()) > 0.1, bool(outcome.warnings)))
-    assert warned == [(True, True), (False, False)]
+        factors = {name: tensor for name, tensor in load_file(trained / WEIGHTS).items() if "lora_" in name}
+        bare = write_adapter(folder / "bare", factors, read_json(trained / "adapter_config.json"))
+        made = {
+            "lora": to_lora(trained, init=initial, output=folder / "lora", options=ToLoraOptions(base=str(base))),
+            "bare": merge(base, adapter=bare, output=folder / "merged bare", options=MergeOptions(init=initial)),
+            "with the head": merge(base, adapter=trained, output=folder / "merged", options=MergeOptions(init=initial)),
+        }
+        models = [adapted(base, folder / "lora"), load(folder / "merged bare"), load(folder / "merged")]
+        expected = logits(adapted(folder / "residual", trained))
+        for model, (name, outcome) in zip(models, made.items(), strict=True):
+            told = [
+                text for text in outcome.warnings if text.startswith("lm_head shares its weight with model.embed_tok")
+            ]
+            warned.append((name, float((logits(model) - expected).abs().max()) > 0.1, len(told)))
+    assert warned == [
+        *[("lora", True, 1), ("bare", True, 1), ("with the head", False, 0)],
+        *[("lora", False, 0), ("bare", False, 0), ("with the head", False, 0)],
+    ]
 
 
 def test_as_is_takes_an_initial_adapter_of_another_training(refusal: Refusal, tmp_path: Path) -> None:

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from corda_convert.adapters import read_adapter
 from corda_convert.checkpoint.folder import Checkpoint
-from corda_convert.checkpoint.names import NameMap
 from corda_convert.errors import UnsupportedInput
-from corda_convert.operations.belonging import Part, check_belonging, fit_all, structure_for
+from corda_convert.operations.belonging import Part
 from corda_convert.operations.computed import with_computed
-from corda_convert.operations.edits import collect_edits, produced
+from corda_convert.operations.fold_plan import plan_fold
 from corda_convert.operations.initials import assign
-from corda_convert.operations.reproduction import reproduced
-from corda_convert.operations.several import check_together, in_fixed_order, order_matters, scaled
+from corda_convert.operations.several import scaled
 
 if TYPE_CHECKING:
     import torch
@@ -51,20 +49,13 @@ def adapted(
     applied = scaled([read_adapter(path) for path in adapters], ())
     initials = assign([one.adapter for one in applied], init, as_is=as_is)
     parts = [Part(one.adapter, initial, one.scale) for one, initial in zip(applied, initials, strict=True)]
-    folded = [part.applied() for part in parts]
-    order = list(range(len(folded))) if order_matters(folded, rounds_each=False) else in_fixed_order(folded)
-    parts, folded = [parts[place] for place in order], [folded[place] for place in order]
-    names = NameMap(checkpoint, structure_for(checkpoint, [one.adapter for one in folded]))
-    fitted = fit_all(folded, names)
-    made_again = [] if as_is else check_belonging(parts, fitted, checkpoint, None)
-    check_together(folded, fitted, names)
-    edits = collect_edits(folded, fitted, names)
-    touched = reproduced(produced(edits, names, dtype, "nearest"), made_again)
-    if edits.config is not None or any(len(each) > 1 for each in touched.values()):
+    plan = plan_fold(parts, checkpoint, judges=not as_is)
+    touched = plan.touched(dtype)
+    if plan.edits.config is not None or any(len(each) > 1 for each in touched.values()):
         raise UnsupportedInput(
             f"{' and '.join(part.name for part in parts)} changes the model's class: it unties the embedding, or resizes the "
             "vocabulary.",
             next_step="Merge it first, and measure the result: corda-convert merge",
         )
     computed = with_computed(checkpoint, {name: each[0] for name, each in touched.items()}, device)
-    return Adapted(computed, tuple(part.describe() for part in parts), edits.warnings)
+    return Adapted(computed, tuple(part.describe() for part in plan.parts), (*plan.warnings, *plan.edits.warnings))

@@ -12,10 +12,10 @@ from corda_convert.adapters.lora import LoraFactors, read_scaling
 from corda_convert.checkpoint.comparison import same_values
 from corda_convert.checkpoint.folder import Checkpoint
 from corda_convert.checkpoint.names import NameMap
-from corda_convert.errors import some
 from corda_convert.operations import evidence
 from corda_convert.operations.belonging import Part
 from corda_convert.operations.edits import Fitted
+from corda_convert.operations.half_tied import half_tied_warnings
 from corda_convert.operations.initial_config import target_modules
 from corda_convert.operations.lora_modules import LoraModule
 from corda_convert.operations.production import Input
@@ -150,14 +150,8 @@ def warnings_of(parts: Sequence[Part], fitted: Sequence[Sequence[Fitted]], names
                 "one of the two is the wrong one."
             )
     for part, changes in zip(parts, fitted, strict=False):
-        began_with_the_weight = part.initial is not None and part.trained.kind == "lora"
-        shared = {} if names is None or not began_with_the_weight else _half_tied(changes, names)
-        for module, others in shared.items():
-            yield (
-                f"{module} shares its weight with {some(others)}. Where the training took the initial factors out of the "
-                f"shared tensor, as PEFT's PiSSA and OLoRA do, {some(others)} went without them, too, which this LoRA does "
-                "not do. Then merge the adapter into the residual instead."
-            )
+        if part.trained.kind == "lora" and names is not None:
+            yield from half_tied_warnings(part, changes, names)
 
 
 def _is_untrained(trained: Adapter, initial: Adapter) -> bool:
@@ -177,14 +171,3 @@ def _is_untrained(trained: Adapter, initial: Adapter) -> bool:
 
 def _place(factors: LoraFactors | ParameterFactors) -> str:
     return factors.key if isinstance(factors, ParameterFactors) else factors.module_name
-
-
-def _half_tied(changes: Sequence[Fitted], names: NameMap) -> dict[str, list[str]]:
-    """The modules with factors whose weight others share that have none, and those others."""
-    adapted = {each.target.name for each in changes if isinstance(each.change, LoraFactors)}
-    found = {}
-    for each in changes:
-        others = [name for name in names.shared.get(each.target.name, ()) if name not in adapted]
-        if others and isinstance(each.change, LoraFactors):
-            found[each.change.module_name] = [name.rpartition(".")[0] for name in others]
-    return found

@@ -10,22 +10,21 @@ from corda_convert.adapters import read_adapter
 from corda_convert.adapters.factors import Adapter
 from corda_convert.adapters.rwkv import RwkvTraining
 from corda_convert.checkpoint.folder import Checkpoint
-from corda_convert.checkpoint.names import NameMap
 from corda_convert.errors import UnsupportedInput
 from corda_convert.hub_reading import located
 from corda_convert.operations.authors import is_decomposed, merge_decomposed
 from corda_convert.operations.bases import Base, read_base
-from corda_convert.operations.belonging import Part, check_belonging, fit_all, structure_for
-from corda_convert.operations.edits import collect_edits, produced
+from corda_convert.operations.belonging import Part
+from corda_convert.operations.fold_plan import plan_fold
 from corda_convert.operations.formats import WeightFormat, in_format
 from corda_convert.operations.initials import assign
 from corda_convert.operations.model_side import model_side_files, transformers_card
 from corda_convert.operations.options import Outcome, RunOptions
 from corda_convert.operations.production import Input, Production, checkpoint_files, produce, read_ahead
 from corda_convert.operations.remote_inputs import unread_weights
-from corda_convert.operations.reproduction import Reproduction, reproduced
+from corda_convert.operations.reproduction import Reproduction
 from corda_convert.operations.residual import Residual, fold_into_residual, read_residual
-from corda_convert.operations.several import check_together, in_fixed_order, order_matters, scaled
+from corda_convert.operations.several import scaled
 from corda_convert.operations.subtraction import subtract
 from corda_convert.operations.transforms import Rounding
 from corda_convert.output.model_card import Card
@@ -148,26 +147,22 @@ def _merge(
 ) -> Outcome:
     checkpoint = base.readable
     given, residual = _parts(checkpoint, trained, options)
-    applied = [part.applied() for part in given]
-    keeps_order = order_matters(applied, rounds_each=options.rounding == "peft")
-    order = list(range(len(applied))) if keeps_order else in_fixed_order(applied)
-    parts, applied = [given[place] for place in order], [applied[place] for place in order]
-    names = NameMap(checkpoint, structure_for(checkpoint, [one.adapter for one in applied]))
-    fitted = fit_all(applied, names)
     unread = unread_weights(run, checkpoint.shards, () if residual is None else residual.checkpoint.shards)
-    made_again = [] if options.as_is or unread else check_belonging(parts, fitted, checkpoint, residual)
-    check_together(applied, fitted, names)
-    edits = collect_edits(applied, fitted, names)
+    plan = plan_fold(
+        given, checkpoint, residual=residual, rounding=options.rounding, judges=not (options.as_is or unread)
+    )
+    edits = plan.edits
     warnings = [
         *(_base_warnings(given, checkpoint) if residual is None else ()),
-        *_made_again_warnings(parts, made_again, checkpoint),
+        *_made_again_warnings(plan.parts, plan.made_again, checkpoint),
+        *plan.warnings,
         *edits.warnings,
         *base.warnings(),
         *unread,
     ]
     if residual is not None:
         warnings.append(fold_into_residual(edits, residual, checkpoint))
-    touched = base.touched(reproduced(produced(edits, names, run.output_dtype, options.rounding), made_again))
+    touched = base.touched(plan.touched(run.output_dtype, options.rounding))
     tokenizers = [tokenizer_files(part.trained.source.folder) for part in given]
     side_files, left = model_side_files(base.written, run, tokenizers, base.config(edits.config))
     facts = {"adapters": [part.describe() for part in given], **base.facts()}
@@ -183,7 +178,7 @@ def _merge(
             side_files=side_files,
             index_metadata=formatted.index_metadata,
             left_behind=left,
-            facts=facts | ({"order_matters": keeps_order} if len(given) > 1 else {}) | edits.facts(),
+            facts=facts | ({"order_matters": plan.keeps_order} if len(given) > 1 else {}) | edits.facts(),
             warnings=tuple(warnings),
             card=formatted.card,
         ),
