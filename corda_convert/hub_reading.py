@@ -49,8 +49,11 @@ def located(path: Path | str, what: str) -> Path:
 
     Everything small is downloaded, an adapter whole; of a model's safetensors only the headers are read, and they are announced
     (`remote_file`) under the paths where they will lie. `what` names it in messages. A name that is neither is returned as it
-    is, for the reader to refuse. Raises `InputNotFound`, `DownloadFailed` or `MalformedFile`.
+    is, for the reader to refuse; so is a text that begins with `./`. Raises `InputNotFound`, `DownloadFailed` or
+    `MalformedFile`.
     """
+    if isinstance(path, str) and path.startswith("./"):
+        return Path(path)
     path = Path(path)
     with contextlib.suppress(OSError):
         if path.exists():

@@ -34,6 +34,7 @@ from hub_server import Account, Hub, HubError, Repository, Request, StoredFile, 
 from huggingface_hub import constants
 
 from corda_convert import hub_ranges
+from corda_convert.hub_reading import located
 from corda_convert.hub_streaming import MOST_FILES
 
 # The client's own way of handing a file to its HTTP library.
@@ -242,6 +243,21 @@ def test_a_path_here_wins_over_the_hub(
     shutil.copytree(base, tmp_path / "acme" / "base")
     done("merge", BASE, "--adapter", lora, "-o", tmp_path / "out")
     assert hub.requests == []
+
+
+def test_what_begins_with_a_dot_is_never_a_name_on_the_hub(
+    hub: Hub, base: Path, lora: Path, done: Command, refusal: Callable[..., str], tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = len(hub.requests)
+    missing = f"No such model: {tmp_path / BASE}"
+    assert refusal("merge", f"./{BASE}", "--adapter", lora).startswith(missing)
+    assert refusal("decompose", f"./{BASE}", "--method", "svd", "--mode", "ipm", "--rank", 2).startswith(missing)
+    assert refusal("merge", base, "--adapter", "./acme/lora").startswith("No such adapter: ")
+    assert located("./acme/base", "model") == Path("acme/base")
+    assert len(hub.requests) == before
+    done("merge", "./base", "--adapter", "./lora", "-o", "./out")
+    assert json.loads((tmp_path / "out" / "corda_convert.json").read_text())["options"]["model"] == "base"
 
 
 def test_a_revision_is_taken(hub: Hub, base: Path, lora: Path, done: Command, tmp_path: Path) -> None:

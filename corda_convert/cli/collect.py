@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from corda_convert.cli.corpus import corpus_from, sample_options, text_options
-from corda_convert.cli.parameters import Size
+from corda_convert.cli.parameters import InputPath, Size
 from corda_convert.cli.reporting import check_paths, ranks
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.argument("model", required=False, type=InputPath())
 @text_options
 @sample_options
 @click.option(

@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from corda_convert.cli.parameters import Count, Damp, Pattern, run_options
+from corda_convert.cli.parameters import Count, Damp, InputPath, Pattern, run_options
 from corda_convert.cli.reporting import check_paths, report, run_options_of
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--cov", "covariances", type=click.Path(path_type=Path), help="Covariances: safetensors, or PEFT's file.")
+@click.argument("model", type=InputPath())
+@click.option("--cov", "covariances", type=InputPath(), help="Covariances: safetensors, or PEFT's file.")
 @click.option(
     "--mode",
     type=click.Choice(["ipm", "kpm"]),
@@ -78,7 +78,7 @@ from corda_convert.cli.reporting import check_paths, report, run_options_of
 )
 @click.option(
     "--from-cache",
-    type=click.Path(path_type=Path),
+    type=InputPath(),
     metavar="FILE",
     help="Compute nothing: take the decomposition out of PEFT's CorDA cache_file, with its modules and ranks.",
 )

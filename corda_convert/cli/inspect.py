@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from corda_convert.cli.parameters import InputPath
 from corda_convert.errors import CordaConvertError
 
 if TYPE_CHECKING:
@@ -15,10 +16,8 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=click.Path(path_type=Path))
-@click.option(
-    "--base", type=click.Path(path_type=Path), help="Model: tell which of its tensors the adapter would touch."
-)
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=InputPath())
+@click.option("--base", type=InputPath(), help="Model: tell which of its tensors the adapter would touch.")
 @click.option(
     "--for",
     "server",

@@ -7,17 +7,17 @@ from typing import Any
 
 import click
 
-from corda_convert.cli.parameters import run_options
+from corda_convert.cli.parameters import InputPath, run_options
 from corda_convert.cli.reporting import check_paths, report, run_options_of
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=InputPath())
 @click.option(
     "--adapter",
     "adapters",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=InputPath(),
     help="Folder of a trained adapter, or RWKV-PEFT's .pth; repeatable. The order does not matter but for DoRA, bat and "
     "--rounding peft.",
 )
@@ -32,19 +32,19 @@ from corda_convert.cli.reporting import check_paths, report, run_options_of
     "--init",
     "initials",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=InputPath(),
     help="Initial adapter (corda_init), PEFT's CorDA cache_file, or RWKV-PEFT's init_pissa.pth, to merge a residual adapter "
     "into the base; repeatable, and matched to the adapters by the numbers.",
 )
 @click.option(
     "--residual",
-    type=click.Path(path_type=Path),
+    type=InputPath(),
     help="Residual model that the adapter was trained beside, to merge into the base where --init is lost. A "
     "corda_init in it is taken for --init.",
 )
 @click.option(
     "--subtract",
-    type=click.Path(path_type=Path),
+    type=InputPath(),
     help="Instead of an adapter: initial adapter to take out of MODEL. OUTPUT is the residual, as decompose writes it.",
 )
 @click.option("--alpha", type=float, help="lora_alpha of the training, for a LoRA .pth of RWKV-PEFT, which lacks it.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,24 @@ _UNITS = {
     "gi": 1 << 30,
     "ti": 1 << 40,
 }
+
+
+class InputPath(click.Path):
+    """A path here, or a name on the Hub. What begins with `./` is no such name, although `Path` drops the dot."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if str(value).startswith((f".{os.sep}", "./")) and not _is_there(Path(value)):
+            value = Path(value).absolute()
+        return super().convert(value, param, ctx)
+
+
+def _is_there(path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return path.exists()
+    return False
 
 
 class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]

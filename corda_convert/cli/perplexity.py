@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from corda_convert.cli.corpus import corpus_from, text_options
+from corda_convert.cli.parameters import InputPath
 
 if TYPE_CHECKING:
     from corda_convert.operations.perplexity import Perplexity
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=InputPath())
 @text_options
 @click.option(
     "--no-pack", is_flag=True, help="Each record by itself, instead of all text as one stream; lines of a .txt file."
@@ -24,12 +25,10 @@ if TYPE_CHECKING:
     "--adapter",
     "adapters",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=InputPath(),
     help="Adapter to fold in, of the kinds that merge takes; repeatable.",
 )
-@click.option(
-    "--init", multiple=True, type=click.Path(path_type=Path), help="Initial adapter of a residual one; as merge."
-)
+@click.option("--init", multiple=True, type=InputPath(), help="Initial adapter of a residual one; as merge.")
 @click.option("--as-is", is_flag=True, help="Do not judge by the numbers whether the adapter is for this very model.")
 @click.option(
     "--window",

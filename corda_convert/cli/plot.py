@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from corda_convert.cli.corpus import corpus_from, text_options
-from corda_convert.cli.parameters import Damp
+from corda_convert.cli.parameters import Damp, InputPath
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -75,7 +75,7 @@ def plot() -> None:
 
 
 @plot.command()
-@click.argument("files", nargs=-1, required=True, metavar="COVS...", type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True, metavar="COVS...", type=InputPath())
 @_layers
 @click.option(
     "--cells", default=32, show_default=True, type=click.IntRange(min=1), help="Cells on each side of a heatmap."
@@ -105,8 +105,8 @@ def covs(
 
 
 @plot.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--cov", "covariances", type=click.Path(path_type=Path), help="Covariances, as for decompose.")
+@click.argument("model", type=InputPath())
+@click.option("--cov", "covariances", type=InputPath(), help="Covariances, as for decompose.")
 @click.option(
     "--method", "methods", multiple=True, default=("corda",), show_default=True, type=_METHODS, help="Repeatable."
 )
@@ -141,8 +141,8 @@ def spectrum(
 
 
 @plot.command()
-@click.argument("model", required=False, type=click.Path(path_type=Path))
-@click.option("--cov", "covariances", type=click.Path(path_type=Path), help="Covariances, as for decompose.")
+@click.argument("model", required=False, type=InputPath())
+@click.option("--cov", "covariances", type=InputPath(), help="Covariances, as for decompose.")
 @text_options
 @click.option("--no-pack", is_flag=True, help="As for perplexity.")
 @click.option(

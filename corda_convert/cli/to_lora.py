@@ -7,17 +7,17 @@ from typing import Any
 
 import click
 
-from corda_convert.cli.parameters import run_options
+from corda_convert.cli.parameters import InputPath, run_options
 from corda_convert.cli.reporting import check_paths, report, run_options_of
 
 
 @click.command("to-lora")
-@click.argument("adapters", nargs=-1, metavar="[ADAPTER]...", type=click.Path(path_type=Path))
+@click.argument("adapters", nargs=-1, metavar="[ADAPTER]...", type=InputPath())
 @click.option(
     "--init",
     "initials",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=InputPath(),
     help="Initial adapter (corda_init) of the training, or PEFT's CorDA cache_file; repeatable, and matched to the adapters by "
     "the numbers.",
 )
@@ -35,13 +35,13 @@ from corda_convert.cli.reporting import check_paths, report, run_options_of
 )
 @click.option(
     "--residual",
-    type=click.Path(path_type=Path),
+    type=InputPath(),
     help="Residual model that the adapter was trained beside, where --init is lost; with --base.",
 )
 @click.option(
     "--from-checkpoints",
     nargs=2,
-    type=click.Path(path_type=Path),
+    type=InputPath(),
     metavar="BASE TUNED",
     help="Instead of an ADAPTER: a model and its fine-tune, whose difference is extracted; with --rank or --energy.",
 )
@@ -51,7 +51,7 @@ from corda_convert.cli.reporting import check_paths, report, run_options_of
 )
 @click.option(
     "--weight-by",
-    type=click.Path(path_type=Path),
+    type=InputPath(),
     metavar="COVS",
     help="Covariances: a lower rank keeps the layers' outputs on that data, not their weights, best.",
 )

@@ -9,6 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from corda_convert.cli.parameters import InputPath
 from corda_convert.errors import CordaConvertError
 
 
@@ -34,22 +35,16 @@ class Sample(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 @click.option(
     "--against",
     metavar="MODEL",
-    type=click.Path(path_type=Path),
+    type=InputPath(),
     help="The model it was made from: its numbers are computed again.",
 )
-@click.option(
-    "--adapter", "adapters", multiple=True, type=click.Path(path_type=Path), help="An adapter it was made of."
-)
-@click.option(
-    "--init", "initials", multiple=True, type=click.Path(path_type=Path), help="An initial adapter it was made of."
-)
-@click.option(
-    "--residual", type=click.Path(path_type=Path), help="The residual, or the fine-tune of to-lora --from-checkpoints."
-)
+@click.option("--adapter", "adapters", multiple=True, type=InputPath(), help="An adapter it was made of.")
+@click.option("--init", "initials", multiple=True, type=InputPath(), help="An initial adapter it was made of.")
+@click.option("--residual", type=InputPath(), help="The residual, or the fine-tune of to-lora --from-checkpoints.")
 @click.option(
     "--scale", "scales", multiple=True, type=float, help="Scales to compare with the receipt's; mostly left out."
 )
-@click.option("--cov", type=click.Path(path_type=Path), help="Covariances: are decompose's factors singular vectors?")
+@click.option("--cov", type=InputPath(), help="Covariances: are decompose's factors singular vectors?")
 @click.option(
     "--sample",
     type=Sample(),
