@@ -1,4 +1,4 @@
-"""The README is true: its commands run as they stand, and every command and option of the program stands in it."""
+"""The README and docs/commands.md are true: their commands run as they stand, and every command and option stands there."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ from corda_convert.cli import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DETAILS = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
-COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("corda-convert ")]
+def commands_of(page: str) -> list[str]:
+    return [line for block in blocks("bash", page) for line in block.splitlines() if line.startswith("corda-convert ")]
+
+
+COMMANDS = commands_of(README) + commands_of(DETAILS)
 
 
 # Later commands take what earlier ones wrote, so one process runs them all.
@@ -64,10 +69,16 @@ def test_the_python_example_of_the_readme_runs(workplace: Path) -> None:
 
 
 def test_every_command_stands_in_the_readme_with_an_example() -> None:
-    shown = {shlex.split(command)[1] for command in COMMANDS} | set(
+    shown = {shlex.split(command)[1] for command in commands_of(README)} | set(
         re.findall(r"^    corda-convert (\S+)", README, re.M)
     )
     assert shown == set(cli.commands)
+
+
+def test_the_readme_and_its_details_have_the_commands_in_one_order() -> None:
+    in_readme = re.findall(r"^\*\*([a-z-]+)\*\*: ", README, re.M)
+    assert in_readme == re.findall(r"^## ([a-z-]+)$", DETAILS, re.M)
+    assert set(in_readme) == set(cli.commands)
 
 
 def test_every_common_option_stands_in_the_readme() -> None:
@@ -92,6 +103,21 @@ def test_the_readme_names_both_commands_of_a_newcomer_and_they_exist() -> None:
 
 
 def test_every_file_that_the_readme_links_to_exists() -> None:
-    links = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target]
+    links = [target for target in re.findall(r"\]\(([^)]+)\)", README) if "://" not in target]
     assert links
-    assert [target for target in links if not (ROOT / target).exists()] == []
+    assert [target for target in links if not is_there(ROOT, target)] == []
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_every_place_that_a_page_of_docs_links_to_exists(page: Path) -> None:
+    links = [target for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")) if "://" not in target]
+    assert [target for target in links if not is_there(page.parent, target)] == []
+
+
+def is_there(folder: Path, target: str) -> bool:
+    """Whether a relative link leads to a file, and to a heading of it if it names one."""
+    name, _, heading = target.partition("#")
+    if not name or not (folder / name).exists() or not heading:
+        return bool(name) and (folder / name).exists() and not heading
+    lines = re.findall(r"^#+ (.*)$", (folder / name).read_text(encoding="utf-8"), re.M)
+    return heading in {re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in lines}
