@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -182,9 +184,10 @@ def test_the_screen_of_a_residual_adapter(command: Command, at_root: None) -> No
         "twice. The residual as the served model would be right. → to-lora --init INIT makes it an ordinary LoRA for the "
         "base, of twice the rank",
         "  mend     corda-convert to-lora fixtures/adapters/corda --init fixtures/residual/corda_init --for vllm -o OUT",
-        "  then     vllm serve BASE --enable-lora --lora-modules NAME=OUT",
+        "  then     vllm serve fixtures/model --enable-lora --lora-modules NAME=OUT",
         "  next     corda-convert merge fixtures/residual --adapter fixtures/adapters/corda -o OUT",
-        "           corda-convert merge BASE --adapter fixtures/adapters/corda --init fixtures/residual/corda_init -o OUT",
+        "           corda-convert merge fixtures/model --adapter fixtures/adapters/corda --init "
+        "fixtures/residual/corda_init -o OUT",
         "           corda-convert to-lora fixtures/adapters/corda --init fixtures/residual/corda_init -o OUT",
     ]
 
@@ -220,6 +223,32 @@ def test_the_touched_tensors_are_those_that_merge_changes(done: Command, tmp_pat
     stored = {name: tensor.nbytes for file in MODEL.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert base["bytes"] == sum(stored[entry["name"]] for entry in changed)
     assert base["replaced"] == [entry["name"] for entry in tensors if entry["action"] == "replaced"]
+
+
+@pytest.mark.parametrize(
+    ("named", "shown"),
+    [("acme/7b", "acme/7b"), ("{here}", "{here}"), ("/no/such/model", "BASE"), ("a\0b", "BASE"), (None, "BASE")],
+)
+def test_commands_name_the_base_that_the_adapter_names(tmp_path: Path, named: str | None, shown: str) -> None:
+    here = write_checkpoint(tmp_path / "a base")
+    name = None if named is None else named.format(here=here)
+    adapter = write_lora(tmp_path / "lora", {UP: LINEARS[UP]}, base_model_name_or_path=name)
+    block = write_miss(tmp_path / "miss", {UP: LINEARS[UP]}, base_model_name_or_path=name)
+    base = shlex.quote(shown.format(here=here))
+    assert facts(adapter)["next"][0] == f"corda-convert merge {base} --adapter {adapter} -o OUT"
+    assert facts(block)["next"][1] == f"corda-convert to-lora {block} --base {base} -o OUT"
+    found = facts(adapter, server="sglang")["server"]["commands"]
+    assert found == [f"sglang serve --model-path {base} --enable-lora --lora-paths NAME={adapter}"]
+    local = base if "here" in shown else "BASE"  # llama.cpp's converter reads a folder
+    assert f"--base {local} " in facts(adapter, server="llama.cpp")["server"]["commands"][0]
+
+
+def test_commands_name_the_base_that_was_asked_about_unless_it_is_a_residual(at_root: None, tmp_path: Path) -> None:
+    other = shutil.copytree(MODEL, tmp_path / "other")
+    assert facts(ADAPTERS / "lora", base=other)["next"][0].startswith(f"corda-convert merge {other} --adapter ")
+    assert facts(ADAPTERS / "corda", base=RESIDUAL)["next"][1].startswith("corda-convert merge BASE --adapter ")
+    wrong = facts(write_lora(tmp_path / "lora", {"x.y": (4, 4)}), base=other)
+    assert (wrong["base"]["fits"], wrong["next"][0].split()[2]) == (False, "BASE")
 
 
 def test_what_does_not_fit_is_said_as_merge_says_it(command: Command, refusal: Command, tmp_path: Path) -> None:

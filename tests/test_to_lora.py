@@ -930,6 +930,28 @@ def test_for_a_server_what_it_does_not_take_is_mended_without_a_loss(
     assert max(error(actual[name], exact[name]) for name in exact) <= 1e-6
 
 
+@pytest.mark.parametrize(
+    ("server", "expected"),
+    [
+        ("vllm", "vllm serve acme/7b --enable-lora --lora-modules 'a lora={}'"),
+        ("sglang", "sglang serve --model-path acme/7b --enable-lora --lora-paths 'a lora={}'"),
+        ("llama.cpp", "python convert_lora_to_gguf.py --base BASE --outfile adapter.gguf '{}'"),
+        ("peft", 'PeftModel.from_pretrained(base, "{}")'),
+    ],
+)
+def test_the_command_that_serves_the_result_names_it(
+    done: Callable[..., Ran], tmp_path: Path, server: Server, expected: str
+) -> None:
+    """On the screen; the receipt has no path of the machine."""
+    adapter, output = write_lora(tmp_path / "lora", base_model_name_or_path="acme/7b"), tmp_path / "a lora"
+    planned = done("to-lora", adapter, "--for", server, "-o", output, "--dry-run").out
+    ran = done("to-lora", adapter, "--for", server, "-o", output).out
+    for printed in (planned, ran):
+        assert f"  serve    {expected.format(output)}\n" in printed
+    (command, *_) = read_json(output / "corda_convert.json")["served"]["command"]
+    assert "ADAPTER" in command and str(tmp_path) not in command
+
+
 def test_for_a_server_a_rank_above_all_that_it_takes_is_lowered(base: Path, tmp_path: Path) -> None:
     wide = {"model.layers.0.mlp.up_proj": LINEARS[UP]}
     adapter = write_lora(tmp_path / "lora", wide, rank=600, target_modules=["up_proj"], layers_to_transform=[0])

@@ -99,10 +99,18 @@ def inspect(path: Path | str, *, base: Path | str | None = None, server: Server 
         is_here = given == path and facts["receipt"]
         commands += [f"corda-convert push {shlex.quote(str(path))} OWNER/NAME"] if is_here else []
     last = {key: facts.pop(key, None) for key in ("receipt", "base", "server")}
-    if given != path:  # on the Hub: the commands shall name it as the user did
-        commands = [command.replace(shlex.quote(str(path)), shlex.quote(str(given))) for command in commands]
     found = {**_head(given), **facts, **last, "next": commands}
+    for at, named in ((path, given), (asked.base, base)):  # the commands shall name what is on the Hub as the user did
+        if at is not None and named is not None and Path(named) != at:
+            _rename(found, shlex.quote(str(at)), shlex.quote(str(named)))
     return Inspection(given, found, _is_fine(found))
+
+
+def _rename(facts: dict[str, Any], path: str, name: str) -> None:
+    """Puts a name in the place of a path in all commands."""
+    for where, key in ((facts, "next"), (facts["server"] or {}, "mending"), (facts["server"] or {}, "commands")):
+        if key in where:
+            where[key] = [command.replace(path, name) for command in where[key]]
 
 
 def failure(path: Path, problem: CordaConvertError) -> dict[str, Any]:
@@ -218,10 +226,12 @@ def _adapter(adapter: Adapter, path: Path, asked: _Asked) -> dict[str, Any]:
     described = inspect_adapter.describe_adapter(adapter, facts, path)
     if asked.base is not None:
         described["base"] = inspect_adapter.describe_base(adapter, facts, asked.base)
+    fits = described.get("base", {}).get("fits")
+    base = inspect_adapter.base_of(adapter, facts, path, asked.base if fits else None)
     if asked.server is not None:
-        described["server"] = inspect_adapter.describe_server(adapter, facts, asked.server, path)
+        described["server"] = inspect_adapter.describe_server(adapter, facts, asked.server, path, base)
     adapter.source.close()
-    return {**described, "next": inspect_adapter.adapter_commands(adapter, facts, path)}
+    return {**described, "next": inspect_adapter.adapter_commands(adapter, facts, path, base)}
 
 
 def _initial(path: Path, asked: _Asked) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from corda_convert.operations.evidence import initial_adapter_of
 from corda_convert.operations.initial_config import plain
 from corda_convert.operations.options import RunOptions
 from corda_convert.operations.server_rules import Server
-from corda_convert.operations.servers import check, flags
+from corda_convert.operations.servers import base_in_commands, check, flags
 from corda_convert.output.module_groups import group_modules
 
 _NAMES = {"lora": "LoRA", "miss": "MiSS", "bone": "Bone", "disha": "DiSHA", "trained_tokens": "trained tokens"}
@@ -174,7 +174,14 @@ def describe_problem(problem: CordaConvertError) -> dict[str, Any]:
     return {"what": str(problem.what), "why": problem.why, "next_step": problem.next_step}
 
 
-def describe_server(adapter: Adapter, facts: AdapterFacts, server: Server, path: Path) -> dict[str, Any]:
+def base_of(adapter: Adapter, facts: AdapterFacts, path: Path, asked: Path | None) -> str:
+    """The base model as the commands name it: the one that was asked about, else the adapter's own; else `BASE`."""
+    if asked is not None:
+        return "BASE" if initial_adapter_of(asked) is not None else str(asked)
+    return "BASE" if facts.residual or is_initial(path) else base_in_commands(adapter.source.base_name)
+
+
+def describe_server(adapter: Adapter, facts: AdapterFacts, server: Server, path: Path, base: str) -> dict[str, Any]:
     """What stands against serving the adapter as it is, what mends it, and how the server then takes it."""
     findings = check(facts, server)
     obstacles = [finding for finding in findings if finding.is_obstacle]
@@ -194,48 +201,51 @@ def describe_server(adapter: Adapter, facts: AdapterFacts, server: Server, path:
             }
             for finding in findings
         ],
-        "mending": _mending(adapter, facts, server, path, is_mended=is_mended) if obstacles else [],
-        "commands": list(flags(facts, server, served)) if is_mended else [],
+        "mending": _mending(adapter, facts, server, path, base, is_mended=is_mended) if obstacles else [],
+        "commands": list(flags(facts, server, served, base)) if is_mended else [],
     }
 
 
-def _mending(adapter: Adapter, facts: AdapterFacts, server: Server, path: Path, *, is_mended: bool) -> list[str]:
+def _mending(
+    adapter: Adapter, facts: AdapterFacts, server: Server, path: Path, base: str, *, is_mended: bool
+) -> list[str]:
     """The command that makes what the server takes: a LoRA, or else a merged model."""
-    offered = adapter_commands(adapter, facts, path)
+    offered = adapter_commands(adapter, facts, path, base)
     if not is_mended:
-        return [command for command in offered if command.startswith("corda-convert merge BASE")][:1]
+        return [command for command in offered if command.startswith(f"corda-convert merge {shlex.quote(base)} ")][:1]
     conversion = next(command for command in offered if command.startswith("corda-convert to-lora"))
     asked = conversion if facts.mode else conversion.replace(" --rank RANK", "")
     return [asked.replace(" -o OUT", f" --for {server} -o OUT")]
 
 
-def adapter_commands(adapter: Adapter, facts: AdapterFacts, path: Path) -> list[str]:
+def adapter_commands(adapter: Adapter, facts: AdapterFacts, path: Path, base: str = "BASE") -> list[str]:
     """What can be done next with an adapter."""
-    own = shlex.quote(str(path))
+    own, model = shlex.quote(str(path)), shlex.quote(base)
     if is_initial(path):
         residual = shlex.quote(str(path.parent))
         return [
             f"corda-convert merge {residual} --adapter TRAINED -o OUT",
-            f"corda-convert merge BASE --adapter TRAINED --init {own} -o OUT",
+            f"corda-convert merge {model} --adapter TRAINED --init {own} -o OUT",
             f"corda-convert to-lora TRAINED --init {own} -o OUT",
-            f"corda-convert merge BASE --subtract {own} -o RESIDUAL",
+            f"corda-convert merge {model} --subtract {own} -o RESIDUAL",
         ]
     if not facts.is_folder:
         alpha = " --alpha ALPHA" if facts.kind == "lora" else ""
-        return [f"corda-convert merge BASE.pth --adapter {own}{alpha} -o OUT"]
+        file = "BASE.pth" if base == "BASE" else model
+        return [f"corda-convert merge {file} --adapter {own}{alpha} -o OUT"]
     if facts.residual:
         named = adapter.source.base_name
         found = initial_adapter_of(Path(named)) if _is_residual(named) else None
         residual, init = ("RESIDUAL", "INIT") if found is None else (shlex.quote(named), shlex.quote(str(found)))
         return [
             f"corda-convert merge {residual} --adapter {own} -o OUT",
-            f"corda-convert merge BASE --adapter {own} --init {init} -o OUT",
+            f"corda-convert merge {model} --adapter {own} --init {init} -o OUT",
             f"corda-convert to-lora {own} --init {init} -o OUT",
         ]
-    merging = f"corda-convert merge BASE --adapter {own} -o OUT"
+    merging = f"corda-convert merge {model} --adapter {own} -o OUT"
     if facts.mode:
         rank = " --rank RANK" if facts.mode == "bat" else ""
-        return [merging, f"corda-convert to-lora {own} --base BASE{rank} -o OUT"]
+        return [merging, f"corda-convert to-lora {own} --base {model}{rank} -o OUT"]
     if facts.kind != "lora" or facts.dora:
         return [merging]
     return [merging, f"corda-convert to-lora {own} --rank RANK -o OUT"]

@@ -52,10 +52,12 @@ class Served:
         }
 
 
-def mend(server: Server, wishes: Wishes, facts_for: Callable[[Wishes], AdapterFacts]) -> tuple[Wishes, Served]:
+def mend(
+    server: Server, wishes: Wishes, facts_for: Callable[[Wishes], AdapterFacts], *, base: str = "BASE"
+) -> tuple[Wishes, Served]:
     """What the server wants of the result beside `wishes`, and how it then takes it. `facts_for` tells what they lead to.
 
-    Raises `UnsupportedInput` with everything that no conversion mends.
+    `base` is how the command names the model. Raises `UnsupportedInput` with everything that no conversion mends.
     """
     mended: list[str] = []
     facts = facts_for(wishes)
@@ -81,7 +83,7 @@ def mend(server: Server, wishes: Wishes, facts_for: Callable[[Wishes], AdapterFa
             next_step="Merge the adapter into the base instead, or convert without --for.",
         )
     depends = tuple(f"{finding.what}: {finding.why}" for finding in findings)
-    return wishes, Served(server, tuple(dict.fromkeys(mended)), flags(facts, server), depends)
+    return wishes, Served(server, tuple(dict.fromkeys(mended)), flags(facts, server, base=base), depends)
 
 
 def facts_of_result(source: LoraSource, ranks: Mapping[str, int], config: Mapping[str, Any]) -> AdapterFacts:

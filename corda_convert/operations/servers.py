@@ -6,10 +6,12 @@ to do, and `flags` how the server then takes the adapter.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from corda_convert.checkpoint.hub_id import parse_hub_id
 from corda_convert.operations.adapter_facts import AdapterFacts
 from corda_convert.operations.server_rules import RULES, VLLM_RANKS, Fix, Server, Severity
 
@@ -93,18 +95,27 @@ def fixes(findings: Sequence[Finding]) -> Fixes:
     )
 
 
-def flags(facts: AdapterFacts, server: Server, path: Path | str = "ADAPTER") -> tuple[str, ...]:
+def base_in_commands(name: str | None) -> str:
+    """A base model as commands name it: a folder that is here, or what may be a model of the Hub; else `BASE`."""
+    try:
+        return name if name and (Path(name).is_dir() or parse_hub_id(name) is not None) else "BASE"
+    except (OSError, ValueError):
+        return "BASE"
+
+
+def flags(facts: AdapterFacts, server: Server, path: Path | str = "ADAPTER", base: str = "BASE") -> tuple[str, ...]:
     """The commands, or flags, with which the server takes the adapter, once nothing stands against it."""
-    rank = facts.served_rank
+    rank, model = facts.served_rank, shlex.quote(base)
     if server == "vllm":
         largest = next((allowed for allowed in VLLM_RANKS[2:] if allowed >= rank), VLLM_RANKS[-1])
         given = f" --max-lora-rank {largest}" if largest > VLLM_RANKS[2] else ""
-        return (f"vllm serve BASE --enable-lora{given} --lora-modules NAME={path}",)
+        return (f"vllm serve {model} --enable-lora{given} --lora-modules NAME={path}",)
     if server == "sglang":
-        return (f"sglang serve --model-path BASE --enable-lora --lora-paths NAME={path}",)
+        return (f"sglang serve --model-path {model} --enable-lora --lora-paths NAME={path}",)
     if server == "llama.cpp":
+        folder = model if Path(base).is_dir() else "BASE"
         return (
-            f"python convert_lora_to_gguf.py --base BASE --outfile adapter.gguf {path}",
+            f"python convert_lora_to_gguf.py --base {folder} --outfile adapter.gguf {path}",
             "llama-server --model BASE.gguf --lora adapter.gguf",
         )
     return (f'PeftModel.from_pretrained(base, "{path}")',)

@@ -32,6 +32,7 @@ from corda_convert.operations.lora_writing import operand_dtypes, planned_tensor
 from corda_convert.operations.options import Outcome, RunOptions
 from corda_convert.operations.production import Input, Production, produce
 from corda_convert.operations.server_rules import SERVERS, Server
+from corda_convert.operations.servers import base_in_commands
 from corda_convert.output.licence import Licence, licence_of
 from corda_convert.output.model_card import Card
 from corda_convert.output.read_ahead import ReadAhead
@@ -260,7 +261,8 @@ def _production(source: LoraSource, options: ToLoraOptions, run: RunOptions, out
             result = _result(source, options, chosen, wishes, base)
             return facts_of_result(source, {key: each.stored for key, each in result.ranks.items()}, result.config)
 
-        wishes, served = mend(options.server, wishes, facts_for)
+        shown = "BASE" if base and Path(base).is_absolute() else base_in_commands(base)
+        wishes, served = mend(options.server, wishes, facts_for, base=shown)
     result = _result(source, options, chosen, wishes, base)
     inputs = source.inputs
     if matrices is not None:

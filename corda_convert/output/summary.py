@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import fsum, sqrt
@@ -16,7 +18,7 @@ def describe(receipt: Mapping[str, Any], output: Path) -> str:
     lines = [f"{_headline(receipt)} → {output}"]
     counted = ", ".join(f"{count} {action}" for action, count in summary["tensors"].items())
     lines.append(f"  tensors  {counted}")
-    lines += _details(receipt)
+    lines += _details(receipt, output)
     lines.append(f"  wrote    {len(receipt['files'])} files, {size(nbytes)}, in {run['seconds']:.1f} s")
     device = run["peak_device_memory_bytes"]
     memory = f"  memory   {size(run['peak_memory_bytes'])} at the peak"
@@ -37,7 +39,7 @@ def describe_plan(receipt: Mapping[str, Any], output: Path) -> str:
         [
             f"Would {_headline(receipt, done=False)} → {output} (dry run: all checks passed, nothing was written)",
             f"  tensors  {counted}",
-            *_details(receipt),
+            *_details(receipt, output),
             f"  read     {size(plan['read_bytes'])}",
             f"  write    {size(plan['write_bytes'])}",
             f"  memory   {size(plan['memory_bytes'])} at most, of which {size(plan['buffer_bytes'])} buffers and workspace; "
@@ -97,7 +99,7 @@ def _headline(receipt: Mapping[str, Any], *, done: bool = True) -> str:
     return text + (f" with {_list(beside)}" if beside else "") + " to LoRA"
 
 
-def _details(receipt: Mapping[str, Any]) -> list[str]:
+def _details(receipt: Mapping[str, Any], output: Path) -> list[str]:
     adapters = receipt.get("adapters", ())
     lines = [f"  adapter  {_adapter(adapter, is_alone=len(adapters) == 1)}" for adapter in adapters]
     if "decomposed" in receipt:
@@ -128,7 +130,7 @@ def _details(receipt: Mapping[str, Any]) -> list[str]:
         lines += _reduction(receipt.get("tensors", ()))
         served = receipt.get("served", {})
         lines += [f"  mended   {what}" for what in served.get("mended", ())]
-        lines += [f"  serve    {command}" for command in served.get("command", ())]
+        lines += [f"  serve    {_with_path(command, output)}" for command in served.get("command", ())]
         lines += [f"  depends  {what}" for what in served.get("depends", ())]
     summary = receipt.get("summary", {})
     if summary.get("weight_norm"):
@@ -142,6 +144,18 @@ def _details(receipt: Mapping[str, Any]) -> list[str]:
     if left:
         lines.append(f"  left     {_list(left)}: not carried over")
     return lines
+
+
+def _with_path(command: str, output: Path) -> str:
+    """A server's command with the adapter's folder in its place: the receipt names no path."""
+    for word, text in (
+        ("NAME=ADAPTER", shlex.quote(f"{output.name}={output}")),
+        ('"ADAPTER"', json.dumps(str(output), ensure_ascii=False)),
+        (" ADAPTER", f" {shlex.quote(str(output))}"),
+    ):
+        if word in command:
+            return command.replace(word, text)
+    return command
 
 
 def _rank_budget(budget: Mapping[str, Any] | None) -> list[str]:
