@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from corda_convert.checkpoint.folder import missing_path, read_checkpoint
 from corda_convert.checkpoint.names import NameMap
@@ -191,28 +192,25 @@ def _check_lengths(path: Path, matrices: Mapping[str, TensorRef], scales: Mappin
         )
 
 
-def _module_tokens(path: Path, metadata: Mapping[str, str]) -> dict[str, int]:
-    text = metadata.get("module_tokens")
-    if text is None:
-        return {}
+def _json_object(metadata: Mapping[str, str], key: str) -> dict[str, Any] | None:
+    """The object of a key of the metadata, empty where the key is missing; None if it is no JSON object."""
     try:
-        read = json.loads(text)
+        read = json.loads(metadata.get(key, "{}"))
     except (ValueError, RecursionError):
-        read = None
-    if not isinstance(read, dict) or not all(type(count) is int and 0 <= count < 1 << 62 for count in read.values()):
+        return None
+    return read if isinstance(read, dict) else None
+
+
+def _module_tokens(path: Path, metadata: Mapping[str, str]) -> dict[str, int]:
+    read = _json_object(metadata, "module_tokens")
+    if read is None or not all(type(count) is int and 0 <= count < 1 << 62 for count in read.values()):
         raise MalformedFile(f"{path}: the metadata 'module_tokens' is not a JSON object of counts.")
     return {_module(name): count for name, count in read.items()}
 
 
 def _aliases(path: Path, metadata: Mapping[str, str], stored: set[str]) -> dict[str, str]:
-    text = metadata.get("aliases")
-    if text is None:
-        return {}
-    try:
-        read = json.loads(text)
-    except (ValueError, RecursionError):
-        read = None
-    if not isinstance(read, dict) or not all(isinstance(target, str) for target in read.values()):
+    read = _json_object(metadata, "aliases")
+    if read is None or not all(isinstance(target, str) for target in read.values()):
         raise MalformedFile(f"{path}: the metadata 'aliases' is not a JSON object of module names.")
     aliases = {_module(name): _module(target) for name, target in read.items()}
     dangling = [f"{name} → {target}" for name, target in aliases.items() if target not in stored]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,23 @@ class Record:
     value: str | Mapping[str, Any]
 
 
-class JsonLines(Sequence[Record]):
+class _Records(Sequence[Record]):
+    """Records that are made when they are asked for."""
+
+    @abstractmethod
+    def _at(self, index: int) -> Record:
+        """The record of this number, from 0 to below the length."""
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        numbers = range(len(self))[index]
+        return self._at(numbers) if isinstance(numbers, int) else [self._at(number) for number in numbers]
+
+
+class JsonLines(_Records):
     """The lines of a .jsonl file that are not blank; each is parsed when it is asked for."""
 
     def __init__(self, path: Path) -> None:
@@ -40,16 +57,8 @@ class JsonLines(Sequence[Record]):
     def __len__(self) -> int:
         return len(self._lines)
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | list[Record]:
-        if isinstance(index, slice):
-            return [self._parse(*line) for line in self._lines[index]]
-        return self._parse(*self._lines[index])
-
-    def _parse(self, number: int, line: bytes) -> Record:
+    def _at(self, index: int) -> Record:
+        number, line = self._lines[index]
         place = f"{self._path}, line {number}"
         try:
             value = json.loads(decoded(line, place))
@@ -58,7 +67,7 @@ class JsonLines(Sequence[Record]):
         return Record(place, _checked(value, place))
 
 
-class Rows(Sequence[Record]):
+class Rows(_Records):
     """The rows of a table (an Arrow table, a data set), each converted when it is asked for."""
 
     def __init__(self, name: str, table: Any) -> None:
@@ -67,15 +76,7 @@ class Rows(Sequence[Record]):
     def __len__(self) -> int:
         return len(self._table)
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | list[Record]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+    def _at(self, index: int) -> Record:
         row = self._table[index] if not hasattr(self._table, "slice") else self._table.slice(index, 1).to_pylist()[0]
         return Record(f"{self._name}, row {index}", row)
 
