@@ -400,11 +400,12 @@ def test_python_gives_the_receipt(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("width", [40, 512, 1100])
 def test_half_of_a_product_is_the_whole_one(width: int, dtype: torch.dtype) -> None:
-    from corda_convert.linalg.gram import add_gram, is_exact_in_bfloat16, mirror
+    from corda_convert.linalg.gram import Workers, add_gram, is_exact_in_bfloat16, mirror
 
     rows = torch.randn(300, width, generator=torch.Generator().manual_seed(width)).to(dtype)
     upper = torch.eye(width)
-    add_gram(upper, rows.float(), 0.5, are_bfloat16=is_exact_in_bfloat16(rows))
+    with Workers(upper.device) as workers:
+        add_gram(workers, upper, rows.float(), 0.5, are_bfloat16=is_exact_in_bfloat16(rows))
     mirror(upper)
     expected = torch.eye(width, dtype=torch.float64) + 0.5 * rows.double().T @ rows.double()
     assert (upper - expected).abs().max() < 1e-6 * expected.abs().max()

@@ -1,16 +1,54 @@
-"""Sums of products XᵀX, of which only blocks on and above the diagonal are computed."""
+"""Sums of products XᵀX, of which only blocks on and above the diagonal are computed, and sums of absolute values.
+
+On a CPU each block is computed by one thread, so that the bits do not depend on how many there are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+_T = TypeVar("_T")
 
 PANEL = 512
 """Columns of a block. With d / 512 = p blocks a side, (p + 1) / 2p of the whole product is computed."""
+
+
+ROWS = 256
+"""Rows whose absolute values are summed together."""
+
+
+class Workers:
+    """As many CPU threads as torch takes, each of which works alone; none on another device. Used in a with statement."""
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        size = torch.get_num_threads() if device.type == "cpu" else 1
+        is_any = size > 1
+        self._pool = ThreadPoolExecutor(size, "sums", torch.set_num_threads, (1,)) if is_any else None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def each(self, function: Callable[[_T], object], items: Sequence[_T]) -> None:
+        """Calls it with each of the items, several at once."""
+        if self._pool is None:
+            for item in items:
+                function(item)
+            return
+        for future in [self._pool.submit(function, item) for item in items]:
+            future.result()
 
 
 def panels(side: int) -> Iterator[tuple[int, int]]:
@@ -19,7 +57,7 @@ def panels(side: int) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + PANEL, side)
 
 
-def add_gram(upper: Tensor, rows: Tensor, factor: float = 1.0, *, are_bfloat16: bool = False) -> None:
+def add_gram(workers: Workers, upper: Tensor, rows: Tensor, factor: float = 1.0, *, are_bfloat16: bool = False) -> None:
     """Adds `factor · XᵀX` of `rows` (n, d) to the blocks of `upper` (d, d) on and above its diagonal.
 
     Products of two bfloat16 numbers are exact in float32, in which they are summed. On CUDA such rows are given as they are
@@ -28,13 +66,40 @@ def add_gram(upper: Tensor, rows: Tensor, factor: float = 1.0, *, are_bfloat16: 
     import torch
 
     is_short = rows.dtype != upper.dtype
+
+    def add(place: tuple[slice, slice]) -> None:
+        block, left, right = upper[place], rows[:, place[0]].T, rows[:, place[1]]
+        if is_short:
+            block.add_(torch.mm(left, right, out_dtype=torch.float32), alpha=factor)  # type: ignore[call-overload,unused-ignore]
+        else:
+            block.addmm_(left, right, alpha=factor)
+
     with _bfloat16_products() if are_bfloat16 else nullcontext():
-        for begin, end in panels(upper.shape[0]):
-            block, left, right = upper[:end, begin:end], rows[:, :end].T, rows[:, begin:end]
-            if is_short:
-                block.add_(torch.mm(left, right, out_dtype=torch.float32), alpha=factor)  # type: ignore[call-overload,unused-ignore]
-            else:
-                block.addmm_(left, right, alpha=factor)
+        workers.each(add, _blocks(upper))
+
+
+def _blocks(upper: Tensor) -> list[tuple[slice, slice]]:
+    """Of what stands on and above the diagonal: squares on a CPU, on other devices columns, which are fewer products."""
+    cut = [slice(begin, end) for begin, end in panels(upper.shape[0])]
+    if upper.device.type != "cpu":
+        return [(slice(0, columns.stop), columns) for columns in cut]
+    return [(rows, columns) for columns in reversed(cut) for rows in cut if rows.start <= columns.start]
+
+
+def add_absolute(workers: Workers, total: Tensor, rows: Tensor) -> None:
+    """Adds the absolute values of `rows` (n, d) to `total` (d,) float64. They are summed in the dtype of `rows`, by blocks."""
+    import torch
+
+    cut = [slice(begin, begin + ROWS) for begin in range(0, len(rows), ROWS)]
+    sums = torch.empty(len(cut), rows.shape[1], dtype=rows.dtype, device=rows.device)
+
+    def add(place: int) -> None:  # a product is several times faster than a sum over rows
+        block = rows[cut[place]].abs()
+        torch.mv(block.T, block.new_ones(len(block)), out=sums[place])
+
+    workers.each(add, range(len(cut)))
+    for each in sums:
+        total += each
 
 
 def is_exact_as_given(rows: Tensor) -> bool:

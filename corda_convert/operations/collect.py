@@ -21,6 +21,7 @@ from corda_convert.corpus.options import check_token_ids, limited_seq_len
 from corda_convert.corpus.tokenizers import read_tokenizer
 from corda_convert.errors import UnsupportedInput, raise_problems, some
 from corda_convert.hub_reading import fetch, located
+from corda_convert.linalg.gram import Workers
 from corda_convert.operations.collect_job import CollectJob
 from corda_convert.operations.collect_options import CollectOptions
 from corda_convert.operations.collect_receipt import model_input, text_inputs, usage
@@ -119,8 +120,8 @@ def _run(job: CollectJob, work: Work | None) -> list[Finished]:
     """Runs the model; rank 0, which has the work folder, keeps what each part gives."""
     own, group_ends = _share(job)
     batches = tuple(job.batches[place] for place in own)
-    runner = _Runner(job, work, batches, group_ends)
-    with _progress(job, len(batches)) as runner.tick:
+    with Workers(job.device) as workers, _progress(job, len(batches)) as tick:
+        runner = _Runner(job, work, batches, group_ends, workers, tick)
         if job.options.whole_model:
             runner.part(job.wanted, lambda stage: run_whole(job.architecture, batches, job.device, stage.end_batch))
             return runner.parts
@@ -168,15 +169,22 @@ class _Runner:
     """Runs one part of the model after the other, and keeps the sums of those that are not finished yet."""
 
     def __init__(
-        self, job: CollectJob, work: Work | None, batches: tuple[Batch, ...], group_ends: frozenset[int]
+        self,
+        job: CollectJob,
+        work: Work | None,
+        batches: tuple[Batch, ...],
+        group_ends: frozenset[int],
+        workers: Workers,
+        tick: Callable[[], object],
     ) -> None:
         self._job = job
         self._work = work
         self._batches = batches
         self._group_ends = group_ends
         self._modules = dict(job.architecture.model.named_modules())
+        self._workers = workers
+        self._tick = tick
         self.parts: list[Finished] = []
-        self.tick: Callable[[], object] = lambda: None
 
     def part(self, wanted: Wanted, run: Callable[[Any], None], *, is_partial: bool = False) -> set[str]:
         """Runs a part. Returns the modules whose inputs were seen; `is_partial` says that others run elsewhere."""
@@ -192,9 +200,10 @@ class _Runner:
             device=job.device,
             batches=self._batches,
             group_ends=self._group_ends,
+            workers=self._workers,
         )
         with stage.watching():
-            run(_Ticking(stage, self.tick))
+            run(_Ticking(stage, self._tick))
         result = stage.finish(job.samples, ranks)
         if finished is None:
             finished = Finished(Path(), result.aliases, result.tokens)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from corda_convert.distributed import Ranks
+    from corda_convert.linalg.gram import Workers
     from corda_convert.operations.collect_options import CollectOptions
     from corda_convert.streaming.stream import Batch
 
@@ -48,6 +49,7 @@ class Stage:
         device: torch.device,
         batches: tuple[Batch, ...],
         group_ends: frozenset[int],
+        workers: Workers,
     ) -> None:
         """`modules` are the Linear layers, `stacks` the modules that hold each stack of experts, by the parameter's name.
 
@@ -57,6 +59,7 @@ class Stage:
         self._device = device
         self._batches = batches
         self._group_ends = group_ends
+        self._workers = workers
         self._place = 0
         self._sums: dict[str, InputStatistics] = {}
         self._outward: dict[str, list[Tensor]] = {}
@@ -129,7 +132,8 @@ class Stage:
         sums.add(inputs.detach().reshape(count, -1, width), batch.numbers)
 
     def _new(self, name: str, width: int) -> InputStatistics:
-        return InputStatistics(name, width, self._device, self._options.normalization, self._options.precision)
+        options = self._options
+        return InputStatistics(name, width, self._device, options.normalization, options.precision, self._workers)
 
     def _add_expert(self, seen: ExpertInputs) -> None:
         module, _, parameter = seen.stack.rpartition(".")

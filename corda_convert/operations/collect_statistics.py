@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from corda_convert.errors import NotFinite
-from corda_convert.linalg.gram import add_gram, is_exact_as_given, is_exact_in_bfloat16, mirror, panels
+from corda_convert.linalg.gram import (
+    Workers,
+    add_absolute,
+    add_gram,
+    is_exact_as_given,
+    is_exact_in_bfloat16,
+    mirror,
+    panels,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +46,7 @@ class InputStatistics:
     device: torch.device
     normalization: Normalization
     precision: Precision
+    workers: Workers
     tokens: int = 0
     _group: Tensor = field(init=False)
     _total: Tensor = field(init=False)
@@ -61,26 +70,26 @@ class InputStatistics:
         if self.precision == "float32" and is_exact_as_given(inputs):
             self._add_absolute(inputs)
             for sample, peak in zip(inputs, peaks, strict=True):
-                add_gram(self._group, sample, peak**-2)
+                add_gram(self.workers, self._group, sample, peak**-2)
             return
         rows = inputs.to(self._group.dtype)
         self._add_absolute(rows)
         if self.precision == "float32" and inputs.shape[1] >= LEAST_ROWS and is_exact_in_bfloat16(inputs):
             for sample, peak in zip(rows, peaks, strict=True):
-                add_gram(self._group, sample, peak**-2, are_bfloat16=True)
+                add_gram(self.workers, self._group, sample, peak**-2, are_bfloat16=True)
             return
         if self.normalization == "peft":
             rows = rows / rows.new_tensor(peaks).view(-1, 1, 1)
-        add_gram(self._group, rows.flatten(0, 1))
+        add_gram(self.workers, self._group, rows.flatten(0, 1))
 
     def _add_absolute(self, inputs: Tensor) -> None:
         import torch
 
-        rows = inputs.flatten(0, 1).abs()
-        if rows.dtype == self._group.dtype:  # a product is several times faster than a sum over rows
-            self._absolute += rows.new_ones(len(rows)) @ rows
+        rows = inputs.flatten(0, 1)
+        if rows.dtype == self._group.dtype:
+            add_absolute(self.workers, self._absolute, rows)
         else:
-            self._absolute += rows.sum(dim=0, dtype=torch.float32)
+            self._absolute += rows.abs().sum(dim=0, dtype=torch.float32)
 
     def end_group(self) -> None:
         """Adds the group's sum to the total."""
