@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from corda_convert.adapters import read_adapter
 from corda_convert.adapters.bias import LoraBias
 from corda_convert.adapters.experts import ParameterFactors
-from corda_convert.adapters.factors import Adapter, ParameterChange
-from corda_convert.adapters.initial import with_initial
+from corda_convert.adapters.factors import Adapter
 from corda_convert.adapters.lora import LoraFactors
 from corda_convert.adapters.miss import BlockFactors
 from corda_convert.adapters.rwkv import SUFFIXES
-from corda_convert.adapters.source import CONFIG_FILE, PEFT_PREFIX, strip_key
+from corda_convert.adapters.source import CONFIG_FILE
 from corda_convert.adapters.tokens import TokenRows
-from corda_convert.checkpoint.comparison import same_values
 from corda_convert.checkpoint.folder import Checkpoint
 from corda_convert.checkpoint.names import NameMap
-from corda_convert.checkpoint.tensors import TensorRef
 from corda_convert.errors import AdapterMismatch, CordaConvertError, UnsupportedInput, raise_problems, some
 from corda_convert.operations import evidence
 from corda_convert.operations.belonging import Part, fit_all, matrices, structure_for
 from corda_convert.operations.edits import Applied, Fitted
 from corda_convert.operations.initials import assign
 from corda_convert.operations.lora_biases import summed_biases
-from corda_convert.operations.lora_blocks import BatChange, block_module
-from corda_convert.operations.lora_brought import brought_warnings, without_known_weights
-from corda_convert.operations.lora_dense import Difference, added
-from corda_convert.operations.lora_dense import scaled as scaled_change
+from corda_convert.operations.lora_brought import brought_warnings
 from corda_convert.operations.lora_description import (
     base_name,
     config_of,
@@ -43,8 +36,9 @@ from corda_convert.operations.lora_description import (
     tokenizers,
     warnings_of,
 )
-from corda_convert.operations.lora_modules import OUT_PROJ, Carried, DenseChange, LoraModule, LoraSource, Summand
-from corda_convert.operations.lora_parameters import check_alike, parameter_module, place_of, rewrapped
+from corda_convert.operations.lora_gathering import Gathered
+from corda_convert.operations.lora_modules import LoraSource
+from corda_convert.operations.lora_parameters import check_alike, rewrapped
 from corda_convert.operations.options import RunOptions
 from corda_convert.operations.remote_inputs import unread_weights
 from corda_convert.operations.residual import Residual, read_residual
@@ -78,20 +72,6 @@ class Given:
     run: RunOptions = RunOptions()  # noqa: RUF009 - frozen
 
 
-@dataclass(slots=True)
-class _Gathered:
-    """Modules of all adapters by what tells them apart, carried tensors by their names in the result, biases to be added up.
-
-    `can_read` is false in a dry run whose models are on the Hub: then their weights are not compared.
-    """
-
-    can_read: bool = True
-    modules: dict[str, LoraModule] = field(default_factory=dict)
-    carried: dict[str, Carried] = field(default_factory=dict)
-    biases: dict[str, list[tuple[TensorRef, float]]] = field(default_factory=dict)
-    problems: list[CordaConvertError] = field(default_factory=list)
-
-
 def from_adapters(given: Given) -> LoraSource:
     """What the adapters add up to on the base. Raises one of our errors, all problems together."""
     parts, residual = _parts(given)
@@ -104,9 +84,9 @@ def from_adapters(given: Given) -> LoraSource:
     unread = unread_weights(given.run, *(model.shards for model in models))
     if not given.as_is and not unread:
         _check_belonging(parts, fitted, given.base, residual)
-    gathered = _Gathered(can_read=not unread)
+    gathered = Gathered(given.base, residual, is_alone=len(parts) == 1, can_read=not unread)
     for place, part in enumerate(parts):
-        _gather(gathered, part, fitted[place] if fitted else None, given, residual, is_alone=len(parts) == 1)
+        gathered.add(part, fitted[place] if fitted else ())
     raise_problems(gathered.problems)
     trained = [part.trained for part in parts]
     check_alike(trained, gathered.modules.values())
@@ -283,168 +263,3 @@ def _check_share(initial: Adapter, shares: Sequence[float], base: Checkpoint) ->
             why="The training began on another model.",
             next_step="Give that as --base. If the initial factors are no projection of the weights (LoRA-GA), say --as-is.",
         )
-
-
-def _gather(
-    gathered: _Gathered,
-    part: Part,
-    fitted: Sequence[Fitted] | None,
-    given: Given,
-    residual: Residual | None,
-    *,
-    is_alone: bool,
-) -> None:
-    """Adds one adapter to what is there."""
-    weights = _weights(fitted or (), given) if gathered.can_read else {}
-    adapter = without_known_weights(part, weights, residual)
-    if part.initial is not None:
-        adapter = with_initial(adapter, part.initial, takes_parameters=True)
-    by_name = {_name(each.change): each for each in fitted or ()}
-    for module in _modules(adapter, part, by_name, given, residual, gathered):
-        own = module if is_alone else _unscaled(module)
-        place = place_of(own)
-        before = gathered.modules.get(place)
-        if before is None:
-            gathered.modules[place] = own
-        elif _form(before) != _form(own):
-            gathered.problems.append(
-                AdapterMismatch(
-                    f"{place} is {_form(before)[0]} in one adapter, {_form(own)[0]} in {part.name}.",
-                    why="The adapters are for different models.",
-                )
-            )
-        else:
-            gathered.modules[place] = added(before, own)
-    for bias in (change for change in adapter.modules if isinstance(change, LoraBias)):
-        name, times = strip_key(bias.bias.name), bias.scaling * part.scale
-        if is_alone:
-            gathered.carried[f"{PEFT_PREFIX}{name}"] = Carried(f"{PEFT_PREFIX}{name}", bias.bias, times)
-        else:
-            gathered.biases.setdefault(name.removesuffix(".lora_B.bias"), []).append((bias.bias, times))
-    for carried in _carried(adapter):
-        before_it = gathered.carried.setdefault(carried.name, carried)
-        if before_it is not carried and not same_values(before_it.ref, carried.ref):
-            gathered.problems.append(
-                AdapterMismatch(
-                    f"Two adapters bring {carried.name} along, and not the same.",
-                    why="A tensor that replaces the model's cannot be added to another.",
-                )
-            )
-
-
-def _form(module: LoraModule) -> tuple[object, ...]:
-    """What modules that are added up have in common; the matrix's shape first, of a stack with the number of experts."""
-    shape = (module.experts, *module.shape) if module.is_parameter else module.shape
-    return shape, module.kernel, module.is_embedding
-
-
-def _unscaled(module: LoraModule) -> LoraModule:
-    """The same with the scaling in each summand, for those of other adapters to join."""
-    own = tuple(replace(summand, factor=summand.factor * module.scaling) for summand in module.summands)
-    return replace(module, summands=own, scaling=1.0)
-
-
-def _modules(
-    adapter: Adapter,
-    part: Part,
-    fitted: Mapping[str, Fitted],
-    given: Given,
-    residual: Residual | None,
-    gathered: _Gathered,
-) -> Iterable[LoraModule]:
-    weights = _weights(list(fitted.values()), given)
-    keys = {_key(change) for change in adapter.modules if isinstance(change, LoraFactors)}
-    seen: set[str] = set()
-    for change in adapter.modules:
-        if isinstance(change, BlockFactors):
-            dense: DenseChange | None = None
-            if change.depends_on_weight:
-                if change.module_name not in weights:
-                    gathered.problems.append(_no_weight(change, given))
-                    continue
-                dense = scaled_change(BatChange(change.block, *weights[change.module_name]), part.scale)
-            shape = fitted[change.module_name].target.shape
-            yield block_module(change, (shape[0], shape[1]), dense, part.scale if dense is None else 1.0)
-        elif isinstance(change, ParameterFactors):
-            if residual is not None:
-                gathered.problems.append(_no_difference(change))
-                continue
-            try:
-                yield parameter_module(change, fitted.get(_name(change)), part.scale)
-            except CordaConvertError as problem:
-                gathered.problems.append(problem)
-        elif isinstance(change, LoraFactors) and _key(change) not in seen:
-            key = _key(change)
-            seen.add(key)
-            outer = key.removesuffix(OUT_PROJ)
-            summands = [Summand(change.lora_A, change.lora_B, 1.0)]
-            if change.initial_lora_A is not None and change.initial_lora_B is not None:
-                summands.append(Summand(change.initial_lora_A, change.initial_lora_B, -1.0))
-            lost = None
-            if residual is not None and change.module_name not in adapter.bases:
-                if change.module_name not in weights:
-                    gathered.problems.append(_no_weight(change, given))
-                    continue
-                lost = _lost(change, weights, residual, gathered)
-            yield LoraModule(
-                key=key,
-                pattern_name=outer if outer in keys else key,
-                summands=tuple(summands),
-                scaling=change.scaling * part.scale,
-                dense=lost,
-                dense_rank=change.rank if lost is not None else 0,
-                is_embedding=change.is_embedding,
-                kernel=change.kernel,
-            )
-
-
-def _weights(fitted: Sequence[Fitted], given: Given) -> Matrices:
-    """The base's own matrices of the adapted modules, where it can be read."""
-    return {} if given.base is None else matrices(fitted, given.base)
-
-
-def _name(change: ParameterChange) -> str:
-    """What tells a change of an adapter from its others: of a parameter, its wrapper's path."""
-    return change.key if isinstance(change, ParameterFactors) else change.module_name
-
-
-def _no_difference(change: ParameterFactors) -> CordaConvertError:
-    return UnsupportedInput(
-        f"{change.module_name}: initial factors of a parameter are not taken from the difference of two models.",
-        next_step="Give the initial adapter of the training with --init, or merge into the residual.",
-    )
-
-
-def _key(change: LoraFactors) -> str:
-    """The module's path in the file's keys, which for the output projection of a MultiheadAttention is not its name."""
-    return strip_key(change.lora_A.name).removesuffix(".lora_A.weight").removesuffix(".lora_embedding_A")
-
-
-def _lost(change: LoraFactors, weights: Mapping[str, Any], residual: Residual, gathered: _Gathered) -> Difference:
-    """`W_res − W`, which is `−s·B₀A₀` up to the residual's rounding."""
-    weight, layout = weights[change.module_name]
-    own = residual.tensor(weight.name)
-    if own.shape != weight.shape:
-        gathered.problems.append(
-            AdapterMismatch(
-                f"{weight.name} is {own.shape} in {residual.name}, {weight.shape} in the base.",
-                why="It is not the residual of this model.",
-            )
-        )
-    return Difference(own, weight, layout)
-
-
-def _no_weight(change: ParameterChange, given: Given) -> CordaConvertError:
-    name = "the base" if given.base is None else given.base.name
-    return UnsupportedInput(
-        f"{change.module_name}: its weight does not lie in {name} as one matrix, from which its change could be computed.",
-        next_step="Merge the adapter instead.",
-    )
-
-
-def _carried(adapter: Adapter) -> Iterable[Carried]:
-    """modules_to_save, saved embeddings, trained biases, and token rows."""
-    refs = [*adapter.replacements.values(), *adapter.bases.values()]
-    refs += [change.rows for change in adapter.modules if isinstance(change, TokenRows)]
-    for ref in refs:
-        yield Carried(f"{PEFT_PREFIX}{strip_key(ref.name)}", ref)
