@@ -1,5 +1,6 @@
 """Models and adapters from a Hub on loopback: the real client, over HTTP, in the process of the command line."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -36,6 +37,7 @@ from huggingface_hub import constants
 from corda_convert import hub_ranges
 from corda_convert.hub_reading import located
 from corda_convert.hub_streaming import MOST_FILES
+from corda_convert.operations.transforms import FoldTransform
 
 # The client's own way of handing a file to its HTTP library.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -522,6 +524,37 @@ def test_a_streamed_model_is_never_whole_on_the_disk(
     }
     assert not list((tmp_path / "home").rglob("model-*.safetensors"))
     assert_no_leftovers(tmp_path)
+
+
+def test_one_shard_comes_while_the_one_before_is_computed_and_the_one_before_that_goes_up(
+    hub: Hub, large: Path, lora: Path, done: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the three waits for the other two: none could come to an end if they did not go on at the same time."""
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    together, met = threading.Barrier(3), []
+
+    def meet(who: str) -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            together.wait(20)
+            met.append(who)
+
+    begin = FoldTransform.begin
+
+    def begin_later(fold: FoldTransform, device: torch.device) -> object:
+        if fold.weight.file.path.name == "model-00002-of-00007.safetensors" and not (met or together.broken):
+            meet("computed")
+        return begin(fold, device)
+
+    monkeypatch.setattr(FoldTransform, "begin", begin_later)
+    hub.interfere_next("model-00003-of-00007", method="GET")  # its header
+    hub.interfere_next("model-00003-of-00007", method="GET", first=lambda: meet("downloaded"))
+    hub.interfere_next("/lfs-storage/", method="PUT", first=lambda: meet("uploaded"))
+    stream = ("--stream", "--push-to", "alice/merged", "--as-is")
+    done("merge", "acme/large", "--adapter", lora, "-o", tmp_path / "out", *stream)
+    assert sorted(met) == ["computed", "downloaded", "uploaded"]
+    done("merge", large, "--adapter", lora, "-o", tmp_path / "here")
+    there = hub.repositories["alice/merged"].files()
+    assert {name: there[name] for name in there if name.endswith(".safetensors")} == weight_files(tmp_path / "here")
 
 
 def test_decompose_and_extraction_stream_too(
