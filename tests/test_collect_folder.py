@@ -9,7 +9,8 @@ import pytest
 from building import FIXTURES, MODEL, read_json
 from safetensors.torch import load_file
 
-from corda_convert.operations import collect_writing
+from corda_convert.errors import OutputRefused
+from corda_convert.operations import collect_work, collect_writing
 from corda_convert.operations.inspect import inspect
 from corda_convert.operations.verify import VerifyOptions, verify
 from corda_convert.output import staging
@@ -105,3 +106,22 @@ def test_a_folder_is_replaced_as_a_whole_or_stays(
     same = [name for name in before if name != "corda_convert.json"]
     assert again.keys() == before.keys()
     assert all(again[name] == before[name] for name in same)
+
+
+def test_a_write_that_fails_beside_the_next_part_ends_the_run(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    class Failing(collect_work.ShardWriter):
+        def write(self, offset: int, view: memoryview) -> None:
+            written.append(self.path.name)
+            if self.path.name == "part-00003.safetensors":
+                raise OutputRefused("The disk is full.")
+            super().write(offset, view)
+
+    monkeypatch.setattr(collect_work, "ShardWriter", Failing)
+    ran = command(*MADE["collected"], "-o", tmp_path / "covs")
+    assert (ran.status, "The disk is full." in ran.err) == (1, True)
+    assert max(written) == "part-00003.safetensors"
+    assert list(tmp_path.iterdir()) == []

@@ -266,6 +266,7 @@ def _unreached_experts(job: CollectJob, tokens: Mapping[str, int]) -> list[str]:
 
 def _seal(job: CollectJob, work: Work, parts: Sequence[Finished], begun: float) -> dict[str, Any]:
     """Puts the parts together as the output. Returns the receipt."""
+    work.wait()
     files = [SafetensorsFile(part.path) for part in parts]
     tensors = [OutputTensor(spec.name, TensorRef(file, spec)) for file in files for spec in file.specs.values()]
     aliases = {name: target for part in parts for name, target in part.aliases.items()}

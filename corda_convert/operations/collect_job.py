@@ -132,7 +132,7 @@ class CollectJob:
         return {
             "modules": len(widths) + len(self.wanted.stacks),
             "device_bytes": {"weights": weights, "sums_at_most": sums, "activations_about": activations},
-            "host_bytes": {"hidden_states": 0 if is_offloaded else states},
+            "host_bytes": {"hidden_states": 0 if is_offloaded else states, "being_written_at_most": sums // 3},
             "disk_bytes": {
                 "output_at_most": matrices,
                 "work_at_most": matrices,

@@ -8,13 +8,18 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from corda_convert.checkpoint.tensors import TensorSpec
 from corda_convert.errors import CordaConvertError, OutputRefused, RunStopped
 from corda_convert.operations.collect_stage import StageResult
 from corda_convert.output.digests import file_sha256
+from corda_convert.output.shard_writer import ShardWriter
 from corda_convert.output.staging import work_folder
+from corda_convert.plan.packing import encode_header
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,23 +36,48 @@ class Finished:
     tokens: Mapping[str, int]
 
 
-@dataclass(frozen=True, slots=True)
 class Work:
-    """The hidden folder of one run."""
+    """The hidden folder of one run, and the thread that writes into it while the next part of the model runs."""
 
-    folder: Path
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._writer = ThreadPoolExecutor(1, "writer")
+        self._writing: Future[None] | None = None
 
     def keep(self, number: int, result: StageResult) -> Finished:
-        """Writes what a part gave. It counts as finished once its note is there."""
-        from safetensors.torch import save_file
+        """Begins to write what a part gave, after the part before it is written. Raises what that write raised."""
+        self.wait()
+        self._writing = self._writer.submit(self._write, number, result)
+        return Finished(self._path(number), result.aliases, result.tokens)
 
+    def wait(self) -> None:
+        """Until all is written. Raises what the last write raised."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Ends the thread; what it was writing is then written, or has failed."""
+        self._writer.shutdown()
+
+    def _write(self, number: int, result: StageResult) -> None:
+        """It counts as finished once its note is there."""
         path = self._path(number)
-        save_file(result.tensors, path)
-        note = {"sha256": file_sha256(path), "aliases": result.aliases, "tokens": result.tokens}
+        specs = [TensorSpec(name, "F32", tuple(tensor.shape)) for name, tensor in result.tensors.items()]
+        header = encode_header(specs, {})
+        with ShardWriter(path, header, len(header) + sum(spec.nbytes for spec in specs)) as writer:
+            place = len(header)
+            for tensor in result.tensors.values():
+                memory: Any = tensor.numpy()
+                view = memoryview(memory).cast("B")
+                writer.write(place, view)
+                writer.digest(place, view)
+                place += len(view)
+            _, sha256 = writer.finish()
+        note = {"sha256": sha256, "aliases": result.aliases, "tokens": result.tokens}
         draft = self.folder / "draft"
         draft.write_text(json.dumps(note), "utf-8")
         draft.replace(path.with_suffix(".json"))
-        return Finished(path, result.aliases, result.tokens)
 
     def finished(self, number: int) -> Finished | None:
         """What an earlier run has finished of a part, if it still is as it was written."""
@@ -84,8 +114,13 @@ def working(output: Path, identity: Mapping[str, str], *, overwrite: bool) -> It
         except OSError:
             pass  # a file system without locks
         _begin(folder, identity, overwrite=overwrite)
+        work = Work(folder)
         try:
-            yield Work(folder)
+            try:
+                yield work
+                work.wait()
+            finally:
+                work.close()
         except BaseException as error:
             is_refusal = isinstance(error, (CordaConvertError, OSError)) and not isinstance(error, RunStopped)
             if is_refusal or not any(folder.glob("part-*.json")):
