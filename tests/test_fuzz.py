@@ -149,6 +149,28 @@ def test_a_storage_of_another_length_than_described_is_refused(command: Command,
     assert f"the storage of {UP} has 68 bytes; its description says 64" in ran.err
 
 
+def test_numbers_that_are_marked_as_a_folder_are_refused(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({UP: random(4, 4)}, path)
+    content = bytearray(path.read_bytes())
+    entry = content.rfind(b"PK\x01\x02", 0, content.rfind(b"data/0"))
+    content[entry + 38] |= 0x10
+    path.write_bytes(content)
+    ran = command("inspect", path)
+    assert ran.status == 1
+    assert "/data/0 is marked as a folder" in ran.err
+
+
+def test_half_a_character_in_a_config_is_refused_and_a_whole_one_is_kept(
+    command: Command, refusal: Refusal, tmp_path: Path
+) -> None:
+    half = write_lora(tmp_path / "half", revision="\ud83d")
+    assert "surrogates not allowed" in refusal("to-lora", half, "--rank", 2)
+    whole = write_lora(tmp_path / "whole", revision="\U0001f600")
+    ran = command("to-lora", whole, "--rank", 2, "-o", tmp_path / "out")
+    assert ran.status == 0, ran.err
+
+
 SLOW = ("([a-z0-9_.]+)*!", "(a|a)*x", "(?:a?){40}x", "((.*))+x", ".*.*.*.*x", "(q*)*?x", r"(\w+\.)+x")
 QUICK = (
     "q_proj",

@@ -125,7 +125,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.exists() and not path.is_file():  # to read a pipe or a device may never end
             raise IsADirectoryError(errno.EISDIR, "it is no file")
-        parsed = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        parsed = json.loads(text)
+        if "\\ud" in text.lower():  # JSON can spell half a surrogate pair, which is no text
+            json.dumps(parsed, ensure_ascii=False).encode("utf-8")
     except FileNotFoundError:
         raise InputNotFound(f"No such file: {path}") from None
     except OSError as error:

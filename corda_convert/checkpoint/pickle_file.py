@@ -26,6 +26,7 @@ GATHER_BYTES = 1 << 16
 """A tensor that does not lie in one piece is gathered from stretches of the file of at most this length."""
 
 _LOCAL_HEADER_BYTES = 30
+_FOLDER_MARK = 0x10
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +246,8 @@ def _read_archive(path: Path) -> tuple[io.BytesIO, dict[int, Extent]]:
 def _data_extent(path: Path, stream: BinaryIO, entry: zipfile.ZipInfo) -> Extent:
     if entry.compress_type != zipfile.ZIP_STORED:
         raise MalformedFile(f"{path} is compressed.", next_step="Save it again with torch.save.")
+    if entry.external_attr & _FOLDER_MARK:
+        raise _unsafe(path, f"{entry.filename} is marked as a folder, of which torch reads no numbers")
     stream.seek(entry.header_offset)
     local = stream.read(_LOCAL_HEADER_BYTES)
     lengths = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
