@@ -329,7 +329,7 @@ def test_a_file_of_peft_is_pointed_to_its_folder(tmp_path: Path, refusal: Refusa
 
 def test_only_merge_takes_files(tmp_path: Path, refusal: Refusal) -> None:
     trained, initial, _ = pissa_files(tmp_path)
-    assert "is a file; the folder of an adapter was expected." in refusal("to-lora", trained, "--init", initial)
+    assert "is a file of RWKV-PEFT, which can be merged, but not" in refusal("to-lora", trained, "--init", initial)
     message = refusal("merge", write_base(tmp_path), "--subtract", initial)
     assert "is a file; the folder of an adapter was expected." in message
 
