@@ -644,6 +644,7 @@ def test_inputs_that_the_receipt_does_not_name_are_refused(made: Callable[[str],
     for more, message in (
         (("--adapter", PATTERNS), f"{PATTERNS} is given with --adapter, and the receipt names 1 of that kind"),
         (("--cov", TASK), f"{TASK} is given with --cov, and the receipt names none of that kind"),
+        (("--init", INITIAL), f"{INITIAL} is given with --init, and the receipt names none of that kind"),
     ):
         ran = command(*given, *more)
         assert (ran.status, ran.out) == (1, "")

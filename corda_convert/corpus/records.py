@@ -13,6 +13,7 @@ from corda_convert.errors import CordaConvertError, MalformedFile, UnsupportedIn
 
 _PIECE_CHARACTERS = 1 << 16
 _UTF8_MARK = b"\xef\xbb\xbf"
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 KINDS = (".jsonl", ".json", ".txt", ".parquet")
 
@@ -118,9 +119,10 @@ def decoded(content: bytes, place: str) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start)
         where = f"{place}, line {line + 1}" if line else place
+        encoding = "utf-16" if content[:2] in _UTF16_MARKS else "latin1"
         raise MalformedFile(
             f"{where}: byte 0x{content[error.start]:02x} (at {error.start:,}) is not UTF-8.",
-            next_step="Convert the file first, as with: iconv -f latin1 -t utf-8",
+            next_step=f"Convert the file first, as with: iconv -f {encoding} -t utf-8",
         ) from None
 
 
@@ -186,4 +188,6 @@ def _checked(value: Any, place: str) -> str | Mapping[str, Any]:
 def kind_of(value: Any) -> str:
     """A value of JSON in words, for messages."""
     names = {dict: "an object", list: "a list", type(None): "null", bool: "true or false", str: "a string"}
-    return names.get(type(value), "a number")
+    if isinstance(value, int | float):
+        return names.get(type(value), "a number")
+    return names.get(type(value), "binary" if isinstance(value, bytes) else f"a {type(value).__name__}")

@@ -175,12 +175,21 @@ def _filled(field: str, record: Record) -> str:
     return _TEMPLATE_PART.sub(fill, field)
 
 
+def _without_fields(record: Record) -> str:
+    return "It has none." if isinstance(record.value, Mapping) else "It is plain text."
+
+
 def _text_at(name: str, record: Record) -> str:
     value = _value_at(name, record)
     if isinstance(value, str):
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise MalformedFile(f"{record.place}: {name} is no text, but {kind_of(value)}.")
+        has_parts = isinstance(value, list | dict)
+        inner = f"{name}.0" if isinstance(value, list) else f"{name}.NAME"
+        raise MalformedFile(
+            f"{record.place}: {name} is no text, but {kind_of(value)}.",
+            next_step=f"Dots lead into it: --field {inner}" if has_parts else None,
+        )
     return str(value)
 
 
@@ -198,7 +207,7 @@ def _value_at(name: str, record: Record) -> Any:
             fields = list(record.value) if isinstance(record.value, Mapping) else []
             raise MalformedFile(
                 f"{record.place} has no field {name}. "
-                + (f"It has: {some(fields, most=10)}." if fields else "It is plain text."),
+                + (f"It has: {some(fields, most=10)}." if fields else _without_fields(record)),
                 next_step="Name the fields with --field, or write a template: "
                 f'--field "{" ".join(f"{{{field}}}" for field in fields[:2]) or "{text}"}"',
             )

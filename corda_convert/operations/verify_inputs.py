@@ -80,6 +80,7 @@ def _unnamed(sealed: Sealed, sources: Sources) -> Iterator[CordaConvertError]:
     """Inputs that are given, and that the receipt does not name; a LoRA may be compared on any model."""
     options = (
         ("--adapter", sources.adapters),
+        ("--init", sources.inits),
         ("--cov", () if sources.covariances is None else (sources.covariances,)),
     )
     for option, given in options:
