@@ -19,7 +19,7 @@ from corda_convert.operations.fold_plan import plan_fold
 from corda_convert.operations.formats import WeightFormat, in_format
 from corda_convert.operations.initials import assign
 from corda_convert.operations.model_side import model_side_files, transformers_card
-from corda_convert.operations.options import Outcome, RunOptions
+from corda_convert.operations.options import Outcome, Paths, RunOptions, paths_of
 from corda_convert.operations.production import Input, Production, checkpoint_files, produce, read_ahead
 from corda_convert.operations.remote_inputs import unread_weights
 from corda_convert.operations.reproduction import Reproduction
@@ -30,9 +30,6 @@ from corda_convert.operations.transforms import Rounding
 from corda_convert.output.model_card import Card
 from corda_convert.output.read_ahead import ReadAhead
 from corda_convert.output.side_files import SideFile, tokenizer_files
-
-Paths = Path | str | Sequence[Path | str]
-"""One path or several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +74,7 @@ def merge(
     touches is copied byte for byte. The order of the adapters does not matter, unless one depends on the weight (DoRA, bat
     blocks). Raises a `CordaConvertError`; then nothing was written.
     """
-    adapters = tuple(located(path, "adapter") for path in _paths(adapter))
+    adapters = tuple(located(path, "adapter") for path in paths_of(adapter))
     options = _here(options)
     base = read_base(located(model, "model"), run, rounding=options.rounding, requantize=options.requantize)
     checkpoint = base.stored
@@ -110,7 +107,7 @@ def _here(options: MergeOptions) -> MergeOptions:
     """The options with paths in the place of names on the Hub."""
     return replace(
         options,
-        init=tuple(located(path, "initial adapter") for path in _paths(options.init)),
+        init=tuple(located(path, "initial adapter") for path in paths_of(options.init)),
         residual=None if options.residual is None else located(options.residual, "residual"),
         subtract=None if options.subtract is None else located(options.subtract, "initial adapter"),
     )
@@ -129,12 +126,6 @@ def _check_alone(checkpoint: Checkpoint, options: MergeOptions) -> None:
             f"--init, --residual, --scale and --alpha go with an adapter; {checkpoint.name} holds its own.",
             next_step="Leave them out.",
         )
-
-
-def _paths(paths: Paths | None) -> tuple[Path, ...]:
-    if paths is None:
-        return ()
-    return (Path(paths),) if isinstance(paths, (str, Path)) else tuple(Path(path) for path in paths)
 
 
 def _merge(
@@ -192,7 +183,7 @@ def _parts(
 ) -> tuple[list[Part], Residual | None]:
     """Each adapter with its initial factors and its scale; and the residual, where it must stand for them."""
     applied = scaled(trained, options.scales)
-    paths, residual = _paths(options.init), None
+    paths, residual = paths_of(options.init), None
     if options.residual is not None:
         found = read_residual(Path(options.residual), checkpoint)
         if paths:

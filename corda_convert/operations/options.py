@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,16 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """`--dtype`, and the safetensors name behind it."""
+
+Paths = Path | str | Sequence[Path | str]
+"""One path or several."""
+
+
+def paths_of(paths: Paths | None) -> tuple[Path, ...]:
+    """Them all; none for None."""
+    if paths is None:
+        return ()
+    return (Path(paths),) if isinstance(paths, (str, Path)) else tuple(Path(path) for path in paths)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from corda_convert.operations.lora_modules import LoraSource
 from corda_convert.operations.lora_ranks import Ranks, chosen_rank, stored_ranks
 from corda_convert.operations.lora_serving import Wishes, facts_of_result, listed_targets, mend
 from corda_convert.operations.lora_writing import operand_dtypes, planned_tensors
-from corda_convert.operations.options import Outcome, RunOptions
+from corda_convert.operations.options import Outcome, Paths, RunOptions, paths_of
 from corda_convert.operations.production import Input, Production, produce
 from corda_convert.operations.server_rules import SERVERS, Server
 from corda_convert.operations.servers import base_in_commands
@@ -38,9 +38,6 @@ from corda_convert.output.model_card import Card
 from corda_convert.output.read_ahead import ReadAhead
 from corda_convert.output.side_files import json_file, override
 from corda_convert.plan.model import OutputFileSpec
-
-Paths = Path | str | Sequence[Path | str]
-"""One path or several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +89,9 @@ def to_lora(
     rank. A scaling that PEFT's config cannot give is baked into lora_B. Raises a `CordaConvertError`; then nothing was
     written.
     """
-    _check_options(options, _paths(adapter), _paths(init))
-    adapters = tuple(located(path, "adapter") for path in _paths(adapter))
-    initials = tuple(located(path, "initial adapter") for path in _paths(init))
+    _check_options(options, paths_of(adapter), paths_of(init))
+    adapters = tuple(located(path, "adapter") for path in paths_of(adapter))
+    initials = tuple(located(path, "initial adapter") for path in paths_of(init))
     with _read_ahead([*initials, *adapters], run) as ahead:
         base = _readable_base(options, adapters)
         if options.from_checkpoints is not None:
@@ -119,12 +116,6 @@ def _read_ahead(paths: Sequence[Path], run: RunOptions) -> Iterator[ReadAhead | 
         return
     with ReadAhead(files) as ahead:
         yield ahead
-
-
-def _paths(paths: Paths | None) -> tuple[Path, ...]:
-    if paths is None:
-        return ()
-    return (Path(paths),) if isinstance(paths, (str, Path)) else tuple(Path(path) for path in paths)
 
 
 def _check_options(options: ToLoraOptions, adapters: Sequence[Path], initials: Sequence[Path]) -> None:
