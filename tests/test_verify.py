@@ -690,6 +690,15 @@ def test_the_command_tells_what_was_checked_and_the_worst_error(made: Callable[[
     assert command("verify", made("merge"), "--sample", "none").status == 2
 
 
+def test_of_a_truncated_model_it_is_told_what_lies_beyond_the_rank(
+    made: Callable[[str], Path], command: Command
+) -> None:
+    ran = command("verify", made("decompose --truncate"), "--against", MODEL)
+    (line,) = [line for line in ran.out.splitlines() if " truncated; " in line]
+    share = float(line.partition("what is beyond the rank up to ")[2].removesuffix(" of the rounding"))
+    assert 0.0 < share < 1.0
+
+
 def test_without_inputs_torch_is_not_imported(made: Callable[[str], Path]) -> None:
     script = (
         "import sys; from corda_convert.operations.verify import verify; found = verify(sys.argv[1]);"

@@ -13,6 +13,7 @@ _MOST_SKIPPED = 5
 _FIGURES = {
     "orthonormality": "cosines up to {:.1e}",
     "certificate": "‖MMᵀu − σ²u‖ up to {:.1e} of σ₁²",
+    "beyond_rank": "what is beyond the rank up to {:.2f} of the rounding",
     "relative_error": "relative error up to {:.2e}",
 }
 _HOW = {
