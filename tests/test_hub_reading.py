@@ -126,7 +126,9 @@ def test_a_merge_of_names_is_that_of_the_folders(
     assert {file["name"]: file["sha256"] for file in model["files"]} == {
         name: file.sha256 for name, file in stored.items() if name.endswith(".safetensors")
     }
-    assert "base_model: acme/base\n" in (tmp_path / "there" / "README.md").read_text()
+    card = (tmp_path / "there" / "README.md").read_text()
+    assert "base_model: acme/base\n" in card
+    assert "license: apache-2.0\n" in card
 
 
 def test_a_second_run_downloads_nothing_again(hub: Hub, base: Path, lora: Path, done: Command, tmp_path: Path) -> None:
@@ -524,6 +526,19 @@ def test_a_streamed_model_is_never_whole_on_the_disk(
     }
     assert not list((tmp_path / "home").rglob("model-*.safetensors"))
     assert_no_leftovers(tmp_path)
+
+
+def test_streaming_of_what_is_here_is_said_to_have_no_effect(
+    hub: Hub, large: Path, lora: Path, done: Command, tmp_path: Path
+) -> None:
+    note = "Note: --stream has no effect: "
+    arguments = ("--adapter", lora, "--stream", "--as-is", "-o")
+    assert note in done("merge", large, *arguments, tmp_path / "planned", "--dry-run").err
+    ran = done("merge", large, *arguments, tmp_path / "here", "--json")
+    assert note in ran.err
+    assert json.loads(ran.out)["warnings"] == []
+    assert note not in done("merge", "acme/large", *arguments, tmp_path / "there").err
+    assert note not in done("merge", large, "--adapter", lora, "-o", tmp_path / "plain").err
 
 
 def test_one_shard_comes_while_the_one_before_is_computed_and_the_one_before_that_goes_up(

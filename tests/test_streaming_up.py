@@ -122,7 +122,9 @@ def test_few_shards_are_on_the_disk_while_the_hub_is_slow(hub, inputs, expected,
         most = max(most, len(finished))
 
     hub.interfere_next("/lfs-storage/", method="PUT", delay=0.15, first=look, times=SHARDS)
-    assert run(hub, tmp_path, inputs, *STREAM).returncode == 0
+    done = run(hub, tmp_path, inputs, *STREAM)
+    assert done.returncode == 0, done.stderr
+    assert f"  of them  {SHARDS} are on the Hub only, in alice/merged\n" in done.stdout
     assert 1 <= most <= 4
     assert len(hub.requests_to("/lfs-storage/", "PUT")) == SHARDS
 

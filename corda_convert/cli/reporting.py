@@ -99,7 +99,9 @@ def publication_facts(publication: Publication) -> dict[str, Any]:
 
 def print_publication(publication: Publication) -> None:
     """Says what was published, and where, in a line."""
-    files = f"{publication.files} files ({publication.total_bytes / 1e6:,.1f} MB)"
+    from corda_convert.output.summary import size
+
+    files = f"{publication.files} files ({size(publication.total_bytes)})"
     if not publication.is_new:
         click.echo(
             f"{publication.repo_id} has all {files} already, commit {publication.commit[:12]}: {publication.url}"

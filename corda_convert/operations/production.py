@@ -29,7 +29,7 @@ from corda_convert.operations.remote_inputs import check_stated, described, stat
 from corda_convert.operations.resuming import check_unchanged, identify, plan_digest, take_over
 from corda_convert.operations.rounding import rounding_warnings
 from corda_convert.operations.sharing import check_agreement, run_shared
-from corda_convert.operations.streaming import check_streaming, streamed, streamed_paths
+from corda_convert.operations.streaming import check_streaming, idle_stream, streamed, streamed_paths
 from corda_convert.operations.transforms import CastTransform
 from corda_convert.operations.uploading import Uploading, begin_upload, going_on_later, room_for_output
 from corda_convert.operations.verbatim import VerbatimTransform
@@ -165,6 +165,7 @@ def produce(production: Production, run: RunOptions, ahead: ReadAhead | None = N
     """
     ranks = run.ranks
     check_streaming(run)
+    notes = idle_stream(run, production.inputs)
     is_first = ranks.place.rank == 0
     if is_first:
         staging.check_output(production.output, [source.path for source in production.inputs], overwrite=run.overwrite)
@@ -187,7 +188,7 @@ def produce(production: Production, run: RunOptions, ahead: ReadAhead | None = N
     receipt = _planned_receipt(production, plan, baseline)
     check_agreement(ranks, plan_digest(production, plan), device)
     if run.dry_run:
-        return Outcome(production.output, plan, {**receipt, "dry_run": True}, warnings=production.warnings)
+        return Outcome(production.output, plan, {**receipt, "dry_run": True}, warnings=(*production.warnings, *notes))
     later = streamed_paths(production.inputs) if run.stream else []
     hub_reading.fetch([path for path in input_paths(production) if path not in later], progress=run.progress)
     if not is_first:
@@ -211,7 +212,7 @@ def produce(production: Production, run: RunOptions, ahead: ReadAhead | None = N
     ranks.exchange(None)
     if destination is not None and publication is None:
         publication = publish(production.output, receipt, destination)
-    return Outcome(production.output, plan, receipt, publication, tuple(receipt["warnings"]))
+    return Outcome(production.output, plan, receipt, publication, (*receipt["warnings"], *notes))
 
 
 def input_paths(production: Production) -> list[Path]:

@@ -45,6 +45,13 @@ def check_streaming(run: RunOptions) -> None:
         )
 
 
+def idle_stream(run: RunOptions, inputs: Iterable[Input]) -> tuple[str, ...]:
+    """What to tell of `--stream` where nothing comes from the Hub and nothing goes there; else nothing."""
+    if not run.stream or run.push_to is not None or streamed_paths(inputs):
+        return ()
+    return ("--stream has no effect: the model's weights are here already, and without --push-to nothing goes up.",)
+
+
 @contextlib.contextmanager
 def streamed(inputs: Sequence[Input], plan: Plan, jobs: Sequence[int], work: Path) -> Iterator[Watch | None]:
     """Inside, the models' files come into the work folder as these jobs of the plan read them; the engine tells when.

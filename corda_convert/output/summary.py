@@ -20,6 +20,9 @@ def describe(receipt: Mapping[str, Any], output: Path) -> str:
     lines.append(f"  tensors  {counted}")
     lines += _details(receipt, output)
     lines.append(f"  wrote    {len(receipt['files'])} files, {size(nbytes)}, in {run['seconds']:.1f} s")
+    streamed = receipt.get("streamed_to")
+    if streamed:
+        lines.append(f"  of them  {len(streamed['files'])} are on the Hub only, in {streamed['repo_id']}")
     device = run["peak_device_memory_bytes"]
     memory = f"  memory   {size(run['peak_memory_bytes'])} at the peak"
     lines.append(memory + (f", {size(device)} on {run['device']}" if device else f", on {run['device']}"))
