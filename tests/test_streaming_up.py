@@ -193,3 +193,22 @@ def test_decompose_keeps_the_initial_adapter_here(hub, tmp_path) -> None:
         f"model-0000{number}-of-00002.safetensors" for number in (1, 2)
     }
     assert "corda_init/adapter_model.safetensors" in here
+
+
+def test_two_processes_read_a_model_of_the_hub_and_publish_once(hub, inputs, expected, tmp_path) -> None:
+    hub.add_repository("acme/base").add_folder(inputs / "base")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "corda_convert"]
+    merge = ["merge", "acme/base", "--adapter", inputs / "adapter", "--push-to", "alice/merged"]
+    done = subprocess.run(
+        [sys.executable, *launcher, *map(str, merge), "-o", str(tmp_path / "merged")],
+        cwd=ROOT,
+        env=hub.environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Published ") == 1
+    assert shards(contents(tmp_path / "merged")) == shards(hub.repositories["alice/merged"].files()) == expected
+    assert len(hub.repositories["alice/merged"].history()) == 1
