@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -35,8 +36,11 @@ from hub_server import Account, Hub, HubError, Repository, Request, StoredFile, 
 from huggingface_hub import constants
 
 from corda_convert import hub_ranges
+from corda_convert.errors import UnsupportedInput
 from corda_convert.hub_reading import located
 from corda_convert.hub_streaming import MOST_FILES
+from corda_convert.operations.options import RunOptions
+from corda_convert.operations.streaming import check_streaming
 from corda_convert.operations.transforms import FoldTransform
 
 # The client's own way of handing a file to its HTTP library.
@@ -539,6 +543,12 @@ def test_streaming_of_what_is_here_is_said_to_have_no_effect(
     assert json.loads(ran.out)["warnings"] == []
     assert note not in done("merge", "acme/large", *arguments, tmp_path / "there").err
     assert note not in done("merge", large, "--adapter", lora, "-o", tmp_path / "plain").err
+
+
+def test_streaming_is_refused_on_several_processes() -> None:
+    ranks = SimpleNamespace(place=SimpleNamespace(size=2))
+    with pytest.raises(UnsupportedInput, match="--stream is for a single process"):
+        check_streaming(RunOptions(stream=True, ranks=ranks))  # type: ignore[arg-type]
 
 
 def test_one_shard_comes_while_the_one_before_is_computed_and_the_one_before_that_goes_up(
