@@ -161,6 +161,17 @@ def test_numbers_that_are_marked_as_a_folder_are_refused(command: Command, tmp_p
     assert "/data/0 is marked as a folder" in ran.err
 
 
+def test_an_archive_whose_record_has_no_beginning_is_refused(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({UP: random(4, 4)}, path)
+    content = bytearray(path.read_bytes())
+    content[content.rfind(b"PK\x03\x04", 0, content.find(b"data/0"))] ^= 1
+    path.write_bytes(content)
+    ran = command("inspect", path)
+    assert ran.status == 1
+    assert "/data/0 does not begin where its index says" in ran.err
+
+
 def test_half_a_character_in_a_config_is_refused_and_a_whole_one_is_kept(
     command: Command, refusal: Refusal, tmp_path: Path
 ) -> None:

@@ -250,6 +250,8 @@ def _data_extent(path: Path, stream: BinaryIO, entry: zipfile.ZipInfo) -> Extent
         raise _unsafe(path, f"{entry.filename} is marked as a folder, of which torch reads no numbers")
     stream.seek(entry.header_offset)
     local = stream.read(_LOCAL_HEADER_BYTES)
+    if local[:4] != b"PK\x03\x04":
+        raise MalformedFile(f"{path} is damaged: {entry.filename} does not begin where its index says.")
     lengths = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
     return Extent(entry.header_offset + _LOCAL_HEADER_BYTES + lengths, entry.file_size)
 
