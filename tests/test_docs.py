@@ -30,11 +30,7 @@ def commands_of(page: str) -> list[str]:
 COMMANDS = commands_of(README) + commands_of(DETAILS)
 
 
-# Later commands take what earlier ones wrote, so one process runs them all.
-pytestmark = pytest.mark.xdist_group("readme")
-
-
-@pytest.fixture(scope="session")  # among tests of other files a module's would end in between
+@pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the README's relative paths mean what they say."""
     folder = tmp_path_factory.mktemp("readme")
@@ -42,16 +38,25 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_of_the_readme_runs(command: str, workplace: Path) -> None:
-    arguments = shlex.split(command)[1:]
-    done = subprocess.run(
-        [sys.executable, "-m", "corda_convert", *arguments], cwd=workplace, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    if "-o" in arguments:
-        output = workplace / arguments[arguments.index("-o") + 1]
-        assert (output if output.suffix else output / "corda_convert.json").is_file()
+def test_the_commands_of_the_documentation_run_one_after_the_other(workplace: Path) -> None:
+    """One test: the later ones take what the earlier ones wrote."""
+    failed = []
+    for command in COMMANDS:
+        arguments = shlex.split(command)[1:]
+        done = subprocess.run(
+            [sys.executable, "-m", "corda_convert", *arguments],
+            cwd=workplace,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            failed.append(f"{command}\n{done.stderr}")
+        elif "-o" in arguments:
+            output = workplace / arguments[arguments.index("-o") + 1]
+            if not (output if output.suffix else output / "corda_convert.json").is_file():
+                failed.append(f"{command}\nmade no {output.name}")
+    assert not failed, "\n\n".join(failed)
 
 
 def test_the_python_example_of_the_readme_runs(workplace: Path) -> None:

@@ -122,7 +122,9 @@ def stopped(
     def press(transform: FoldTransform, device: Any) -> Any:
         begun.append(transform.weight.name)
         if len(begun) == 8:
-            wait_for_note(tmp_path, "model-00001-of-00004.safetensors")  # the hasher may be some steps behind
+            shard = "model-00001-of-00004.safetensors"  # of which the hasher may be some steps behind
+            names = read_json(model / "model.safetensors.index.json")["weight_map"]
+            wait_for_note(tmp_path, shard, {name for name in begun if names[name] == shard})
             raise KeyboardInterrupt
         return begin(transform, device)
 
@@ -137,8 +139,8 @@ def stopped(
     return run
 
 
-def wait_for_note(folder: Path, file_name: str) -> None:
-    """Until the journal of the run into `folder / "out"` has noted the whole file; not for ever."""
+def wait_for_note(folder: Path, file_name: str, jobs: set[str]) -> None:
+    """Until the journal of the run into `folder / "out"` has noted the whole file and the facts of its jobs; not for ever."""
     for _ in range(1000):
         notes = [
             json.loads(line)
@@ -149,7 +151,7 @@ def wait_for_note(folder: Path, file_name: str) -> None:
         marks = [mark for note in notes for mark in note["marks"] if mark["file"] == file_name]
         noted = max((end for mark in marks for _, end in mark["ranges"]), default=0)
         written = [path.stat().st_size for path in folder.glob(f".out.*/output/{file_name}")]
-        if noted and written == [noted]:
+        if noted and written == [noted] and jobs <= {name for note in notes for name in note["facts"]}:
             return
         time.sleep(0.01)
 
