@@ -32,7 +32,7 @@ test: $(READY)
 	$(PYTEST)
 
 test-long: $(READY)
-	CORDA_CONVERT_KILLS=200 $(PYTEST) -v tests/test_resume.py -k killed
+	CORDA_CONVERT_KILLS=200 $(PYTEST) -v tests/test_resume.py tests/test_collect.py -k "killed or several"
 	CORDA_CONVERT_FUZZ=20000 $(PYTEST) -v tests/test_fuzz.py
 	$(BIN)/python tests/fuzzing/coverage_guided.py --seconds 120
 
