@@ -477,7 +477,8 @@ finally:
 
 SLACK = 64_000_000
 """What the plan does not count: stacks of threads, the workspaces that the BLAS allocates on first use, pages that the
-allocator keeps, and pages of libraries, of which the kernel maps more where they are in its cache. It is a constant, not a share of the checkpoint: see the test with two sizes."""
+allocator keeps, and pages of libraries, of which the kernel maps more where they
+are in its cache. It is a constant, not a share of the checkpoint: see the test with two sizes."""
 
 
 def measure(*arguments: object) -> tuple[dict[str, Any], int]:
