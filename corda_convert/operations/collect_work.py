@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from corda_convert.checkpoint.tensors import TensorSpec
-from corda_convert.errors import CordaConvertError, OutputRefused, RunStopped
 from corda_convert.operations.collect_stage import StageResult
 from corda_convert.output.digests import file_sha256
 from corda_convert.output.shard_writer import ShardWriter
-from corda_convert.output.staging import work_folder
+from corda_convert.output.staging import LOCK_FILE, can_go_on, left_by_another, locked, work_folder
 from corda_convert.plan.packing import encode_header
 
 
@@ -102,17 +99,8 @@ def working(output: Path, identity: Mapping[str, str], *, overwrite: bool) -> It
     the exception. Raises `OutputRefused` while another run holds it, and where a run of another identity left something.
     """
     folder = work_folder(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputRefused(
-                f"Another run of corda-convert is writing {output}.", next_step="Wait for it, or choose another -o."
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder, output):
         _begin(folder, identity, overwrite=overwrite)
         work = Work(folder)
         try:
@@ -122,15 +110,12 @@ def working(output: Path, identity: Mapping[str, str], *, overwrite: bool) -> It
             finally:
                 work.close()
         except BaseException as error:
-            is_refusal = isinstance(error, (CordaConvertError, OSError)) and not isinstance(error, RunStopped)
-            if is_refusal or not any(folder.glob("part-*.json")):
-                shutil.rmtree(folder, ignore_errors=True)
-            else:
+            if can_go_on(error) and any(folder.glob("part-*.json")):
                 error.add_note(str(folder))
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(folder)
-    finally:
-        os.close(descriptor)
 
 
 def _begin(folder: Path, identity: Mapping[str, str], *, overwrite: bool) -> None:
@@ -142,13 +127,9 @@ def _begin(folder: Path, identity: Mapping[str, str], *, overwrite: bool) -> Non
     if left == dict(identity):
         return
     if left and any(folder.glob("part-*.json")) and not overwrite:
-        differing = sorted(key for key in {*left, *identity} if left.get(key) != identity.get(key))
-        raise OutputRefused(
-            f"An unfinished run left its work in {folder}. Since then changed: {', '.join(differing)}.",
-            next_step="Run the command that was interrupted again to finish it, or start afresh with --overwrite.",
-        )
+        raise left_by_another(folder, left, identity)
     for entry in folder.iterdir():
-        if entry.name != "lock":
+        if entry.name != LOCK_FILE:
             entry.unlink()
     draft = folder / "draft"
     draft.write_text(json.dumps(dict(identity)), "utf-8")

@@ -19,7 +19,7 @@ from corda_convert.output.journal import has_notes
 
 STAGING_SUFFIX = ".corda-convert-partial"
 _REPLACED_SUFFIX = ".corda-convert-replaced"
-_LOCK_FILE = "lock"
+LOCK_FILE = "lock"
 _IDENTITY_FILE = "identity.json"
 
 
@@ -111,7 +111,7 @@ def staging_folder(
     work = work_folder(output)
     made = [parent for parent in output.parents if not parent.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(work, output):
+    with locked(work, output):
         folder = work / "output"
         _begin(work, identity, overwrite=overwrite)
         try:
@@ -119,7 +119,7 @@ def staging_folder(
             put_in_place(folder, output)
             shutil.rmtree(work)
         except BaseException as error:
-            if identity is not None and _can_go_on(error) and has_notes(journal_folder(folder)):
+            if identity is not None and can_go_on(error) and has_notes(journal_folder(folder)):
                 error.add_note(str(work))
                 raise
             shutil.rmtree(work, ignore_errors=True)
@@ -143,13 +143,13 @@ def _refusal(error: OSError, output: Path, work: Path) -> CordaConvertError:
     )
 
 
-def _can_go_on(error: BaseException) -> bool:
+def can_go_on(error: BaseException) -> bool:
     """Whether the same command may end well next time: not after a refusal."""
     return isinstance(error, RunStopped) or not isinstance(error, (CordaConvertError, OSError))
 
 
 @contextlib.contextmanager
-def _lock(work: Path, output: Path) -> Iterator[None]:
+def locked(work: Path, output: Path) -> Iterator[None]:
     """Holds the folder for this process; a file system that knows no locks is taken without."""
     descriptor = _open_lock(work)
     try:
@@ -163,7 +163,7 @@ def _lock(work: Path, output: Path) -> Iterator[None]:
             except OSError:
                 break
             with contextlib.suppress(OSError):
-                if os.path.samestat(os.fstat(descriptor), (work / _LOCK_FILE).stat()):
+                if os.path.samestat(os.fstat(descriptor), (work / LOCK_FILE).stat()):
                     break
             os.close(descriptor)  # of a run that has ended in between, and removed its folder
             descriptor = _open_lock(work)
@@ -176,7 +176,7 @@ def _open_lock(work: Path) -> int:
     while True:
         work.mkdir(exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # removed in between
-            return os.open(work / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+            return os.open(work / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
 
 
 def _begin(work: Path, identity: Mapping[str, str] | None, *, overwrite: bool) -> None:
@@ -185,21 +185,26 @@ def _begin(work: Path, identity: Mapping[str, str] | None, *, overwrite: bool) -
     if identity is not None and left == identity:
         return
     if identity is not None and left and has_notes(work / "journal") and not overwrite:
-        differing = sorted(key for key in {*left, *identity} if left.get(key) != identity.get(key))
-        raise OutputRefused(
-            f"An unfinished run left its work in {work}. Since then changed: {', '.join(differing)}.",
-            next_step="Run the command that was interrupted again to finish it, or start afresh with --overwrite.",
-        )
+        raise left_by_another(work, left, identity)
     for entry in work.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
-        elif entry.name != _LOCK_FILE:
+        elif entry.name != LOCK_FILE:
             entry.unlink()
     (work / "output").mkdir()
     if identity is not None:
         draft = work / "draft"
         draft.write_text(json.dumps({"format": "corda_convert.unfinished", "identity": dict(identity)}), "utf-8")
         draft.replace(work / _IDENTITY_FILE)
+
+
+def left_by_another(work: Path, left: Mapping[str, str], identity: Mapping[str, str]) -> OutputRefused:
+    """The refusal to go on with what a run of another identity left."""
+    differing = sorted(key for key in {*left, *identity} if left.get(key) != identity.get(key))
+    return OutputRefused(
+        f"An unfinished run left its work in {work}. Since then changed: {', '.join(differing)}.",
+        next_step="Run the command that was interrupted again to finish it, or start afresh with --overwrite.",
+    )
 
 
 def _identity(work: Path) -> dict[str, str]:
