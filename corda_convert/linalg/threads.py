@@ -6,8 +6,9 @@ torch's own threads divide one product among themselves by their number, and so 
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import TypeVar
 
@@ -41,8 +42,8 @@ class Team:
 
     def __enter__(self) -> Team:
         self._stack.enter_context(one_thread())
-        if self._size > 1:
-            self._pool = ThreadPoolExecutor(self._size, "linalg", initializer=torch.set_num_threads, initargs=(1,))
+        if self._size > 1:  # the thread that asks works, too
+            self._pool = ThreadPoolExecutor(self._size - 1, "linalg", initializer=torch.set_num_threads, initargs=(1,))
             self._stack.enter_context(self._pool)
         return self
 
@@ -58,10 +59,30 @@ class Team:
         self.all(function, [slice(begin, min(begin + step, count)) for begin in range(0, count, step)])
 
     def all(self, function: Callable[[_T], object], items: Sequence[_T]) -> None:
-        """Calls it with each of the items, several at once. Raises what the first call that failed raised."""
+        """Calls it with each of the items, several at once. Raises what a call that failed raised."""
         if self._pool is None or len(items) < 2:
             for item in items:
                 function(item)
             return
-        for future in [self._pool.submit(function, item) for item in items]:
-            future.result()
+        left = deque(items)
+        helpers = min(self._size, len(items)) - 1
+        others = [self._pool.submit(_work_off, function, left) for _ in range(helpers)]
+        try:
+            _work_off(function, left)
+        except BaseException:
+            left.clear()
+            raise
+        finally:
+            wait(others)
+        for other in others:
+            other.result()
+
+
+def _work_off(function: Callable[[_T], object], left: deque[_T]) -> None:
+    """Takes one item after the other until there is none: a thread that wakes up late finds less to do."""
+    while True:
+        try:
+            item = left.popleft()
+        except IndexError:
+            return
+        function(item)
