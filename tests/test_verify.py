@@ -141,7 +141,7 @@ OUTPUTS: dict[str, Made] = {
         VerifyOptions(against=MODEL),
         {"copied", "truncated"},
     ),
-    "decompose --from-cache": (_from_cache, VerifyOptions(against=MODEL), {"copied", "folded"}),
+    "decompose --from-cache": (_from_cache, VerifyOptions(against=MODEL), {"copied", "folded", "factors"}),
     "to-lora": (
         lambda folder: to_lora(CORDA, init=INITIAL, output=folder),
         VerifyOptions(adapters=[CORDA], init=[INITIAL]),
@@ -217,6 +217,11 @@ def against(name: str, **changes: Any) -> VerifyOptions:
     return VerifyOptions(**{**given, "seed": 1, **changes})
 
 
+def cache_of(made: Callable[[str], Path], name: str) -> dict[str, Any]:
+    """What `against` takes beside for an output that was made of a cache."""
+    return {"init": [made(name).with_suffix(".pt")]} if name == "decompose --from-cache" else {}
+
+
 def problems(found: Verification) -> list[str]:
     assert found.is_fine == (not found.facts["problems"]) == found.facts["is_fine"]
     return [str(problem["what"]) for problem in found.facts["problems"]]
@@ -257,11 +262,11 @@ def reseal(folder: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_what_every_command_wrote_is_fine_and_its_numbers_are_right(name: str, made: Callable[[str], Path]) -> None:
-    found = verify(made(name), options=against(name, sample=6))
+    found = verify(made(name), options=against(name, sample=6, **cache_of(made, name)))
     assert problems(found) == []
     recomputed = found.facts["recomputed"]
     assert recomputed["kinds"].keys() == OUTPUTS[name][2]
-    assert recomputed["not_recomputed"].keys() == ({"factors"} if name == "decompose --from-cache" else set())
+    assert recomputed["not_recomputed"] == {}
     for kind, facts in recomputed["kinds"].items():
         assert facts["checked"] == min(6, facts["of"]) and facts["wrong"] == 0
         assert facts["how"] == {
@@ -281,7 +286,7 @@ def test_what_every_command_wrote_is_fine_and_its_numbers_are_right(name: str, m
 
 @pytest.mark.parametrize("name", [name for name in OUTPUTS if name != "merge as PEFT rounds"])
 def test_a_wrong_number_behind_a_new_digest_is_found_in_what_every_command_wrote(
-    name: str, altered: Callable[[str], Path]
+    name: str, made: Callable[[str], Path], altered: Callable[[str], Path]
 ) -> None:
     folder = altered(name)
     tensors = read_json(folder / "corda_convert.json")["tensors"]
@@ -293,7 +298,7 @@ def test_a_wrong_number_behind_a_new_digest_is_found_in_what_every_command_wrote
     )
     reseal(folder)
     assert problems(verify(folder)) == []
-    found = problems(verify(folder, options=against(name, sample=None)))
+    found = problems(verify(folder, options=against(name, sample=None, **cache_of(made, name))))
     module = changed["name"].removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".lora_A")
     assert found and all(module in problem for problem in found)
 
@@ -651,6 +656,35 @@ def test_inputs_that_the_receipt_does_not_name_are_refused(made: Callable[[str],
         assert message in ran.err
 
 
+def test_the_cache_that_was_decomposed_from_is_compared_and_its_factors_are_made_again(
+    made: Callable[[str], Path], altered: Callable[[str], Path], command: Command, tmp_path: Path
+) -> None:
+    cache = cache_of(made, "decompose --from-cache")["init"][0]
+    folder = altered("decompose --from-cache")
+    given = ("verify", folder, "--against", MODEL)
+    ran = command(*given)
+    assert (ran.status, ran.out) == (1, "")
+    assert f"The receipt names {cache.name} as its cache, and it is not given.\nGive it with --init." in ran.err
+    ran = command(*given, "--init", cache, "--json")
+    assert (ran.status, ran.err) == (0, "")
+    facts = json.loads(ran.out)
+    assert facts["inputs"][-1] == {"role": "cache", "name": cache.name, "by": "sha256", "same": True}
+    vectors = torch.load(cache, weights_only=True)
+    assert facts["recomputed"]["kinds"]["factors"]["of"] == len(vectors) // 3
+    entry = next(name for name in vectors if name.endswith("V_WC"))
+    vectors[entry][3, 5] *= 1 + 1e-5
+    torch.save(vectors, tmp_path / cache.name)
+    ran = command(*given, "--init", tmp_path / cache.name, "--sample", "all")
+    assert (ran.status, ran.err) == (1, "")
+    wrong = [line.removeprefix("  wrong    ") for line in ran.out.splitlines() if line.startswith("  wrong")]
+    assert wrong[0].startswith(f"{tmp_path / cache.name} is not the cache that the receipt names: its SHA-256 differs.")
+    assert [line.split(":")[0] for line in wrong[1:]] == [f"{entry.removesuffix('.eigens.V_WC')} (factors) is wrong"]
+    del vectors[entry.replace("V_WC", "S_WC")], vectors[entry.replace("V_WC", "U_WC")], vectors[entry]
+    torch.save(vectors, tmp_path / cache.name)
+    ran = command(*given, "--init", tmp_path / cache.name)
+    assert ran.status == 1 and "are not of the same modules: only one has" in ran.out
+
+
 def test_a_sample_of_nothing_is_wrong_usage(made: Callable[[str], Path], command: Command) -> None:
     ran = command("verify", made("merge"), "--sample", "all", "--seed", "3")
     assert ran.status == 2
@@ -757,7 +791,7 @@ def test_every_key_of_receipts_and_of_verify_is_documented(made: Callable[[str],
     documented = (Path(__file__).parent.parent / "docs/receipt.md").read_text(encoding="utf-8")
     for name in OUTPUTS:
         receipt = read_json(made(name) / "corda_convert.json")
-        found = verify(made(name), options=against(name, sample=1)).facts
+        found = verify(made(name), options=against(name, sample=1, **cache_of(made, name))).facts
         keys = keys_of(receipt) | found.keys() | found["recomputed"].keys() | {"what", "why", "next_step"}
         keys |= {key for facts in found["recomputed"]["kinds"].values() for key in facts}
         keys |= {entry["action"] for entry in receipt["tensors"]} | {each["role"] for each in receipt["inputs"]}

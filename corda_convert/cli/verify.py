@@ -39,7 +39,9 @@ class Sample(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     help="The model it was made from: its numbers are computed again.",
 )
 @click.option("--adapter", "adapters", multiple=True, type=InputPath(), help="An adapter it was made of.")
-@click.option("--init", "initials", multiple=True, type=InputPath(), help="An initial adapter it was made of.")
+@click.option(
+    "--init", "initials", multiple=True, type=InputPath(), help="An initial adapter it was made of, or a cache."
+)
 @click.option("--residual", type=InputPath(), help="The residual, or the fine-tune of to-lora --from-checkpoints.")
 @click.option(
     "--scale", "scales", multiple=True, type=float, help="Scales to compare with the receipt's; mostly left out."

@@ -71,7 +71,7 @@ def decompose_from_cache(
         )
     opened = open_cache(located(cache, "cache file"))
     names = NameMap(checkpoint, read_structure(checkpoint.root, checkpoint.config, checkpoint.tensors))
-    found = _at_run_time(opened, names)
+    found = eigens_at_run_time(opened, names)
     targets = _targets(found, names)
     ranks = _ranks(found, options)
     raise_problems([*ranks.number_problems(), *_problems(found, targets, options)])
@@ -101,7 +101,7 @@ def decompose_from_cache(
     return take_out(checkpoint, taking, Path(output), run, names)
 
 
-def _at_run_time(cache: Cache, names: NameMap) -> dict[str, Eigens]:
+def eigens_at_run_time(cache: Cache, names: NameMap) -> dict[str, Eigens]:
     """What the cache holds by the model's present module names. Raises `AdapterMismatch` for modules that it has not."""
     places = names.find([(f"{module}.weight",) for module in cache.modules])
     found = {

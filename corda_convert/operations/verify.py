@@ -41,7 +41,7 @@ class VerifyOptions:
     Attributes:
         against: the model that it was made from, or that a converted LoRA is for; for `to-lora --from-checkpoints` the base.
         adapters: the trained adapters.
-        init: their initial adapters.
+        init: their initial adapters, or the cache of `decompose --from-cache`.
         residual: the residual model, or for `to-lora --from-checkpoints` the fine-tune.
         covariances: those of `decompose`, which show whether its factors are singular vectors.
         scales: how many times each adapter was taken; what the receipt says, where none are given.

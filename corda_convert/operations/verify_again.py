@@ -24,7 +24,7 @@ class Sources:
     Attributes:
         model: the model that was decomposed, merged into, or that a LoRA is for.
         adapters: in the order of the receipt.
-        inits: initial adapters.
+        inits: initial adapters, or the cache of `decompose --from-cache`.
         residual: the residual, or for `to-lora --from-checkpoints` the fine-tune.
         covariances: of `decompose`, or those that `to-lora --weight-by` had.
     """
@@ -50,7 +50,7 @@ class Sources:
             return () if path is None else (path,)
         if role == "init" and not self.inits and self.residual is not None:  # which holds what the training began with
             return (self.residual / INITIAL_ADAPTER_FOLDER,)
-        return {"adapter": self.adapters, "init": self.inits}.get(role, ())
+        return {"adapter": self.adapters, "init": self.inits, "cache": self.inits}.get(role, ())
 
 
 class _Onlooker(Alone):
@@ -64,6 +64,7 @@ OPTION_OF_ROLE = {
     "base": "--against",
     "adapter": "--adapter",
     "init": "--init",
+    "cache": "--init",
     "residual": "--residual",
     "tuned": "--residual",
     "covariances": "--cov",

@@ -131,7 +131,7 @@ def _kinds(
             if sealed.options.get("from_cache") is None:
                 yield "factors", _factors(sealed, sources, is_adapter=is_adapter)
             else:
-                found.skipped["factors"] = "They are the cache's, which rounds in float32."
+                yield "factors", _cached(sealed, sources)
     else:
         found.skipped[sealed.command] = f"What {sealed.command} writes is not computed again."
 
@@ -263,6 +263,16 @@ def _factors(sealed: Sealed, sources: Sources, *, is_adapter: bool) -> dict[str,
             continue
         checks[factored.module_name] = bound(factored)
     return checks
+
+
+def _cached(sealed: Sealed, sources: Sources) -> dict[str, Check]:
+    """The factors of each module of PEFT's cache."""
+    from corda_convert.operations.verify_cache import cached_factors
+
+    if sources.model is None or len(sources.inits) != 1:
+        raise UnsupportedInput("The model and its cache are not given.")
+    _, names = _names_of(sources.model)
+    return dict(cached_factors(sources.inits[0], read_adapter(sealed.folder / INITIAL_ADAPTER_FOLDER), names))
 
 
 def _contexts(sealed: Sealed, sources: Sources, names: NameMap) -> Callable[[str], Context | None]:
