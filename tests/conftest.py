@@ -1,7 +1,7 @@
 """What all tests share: the command line in this process, and how it refuses."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,20 @@ settings.load_profile("corda-convert")
 
 # A job in the background is started with the interrupt ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """Skips what the installed PEFT cannot do with the installed transformers.
+
+    PEFT 0.21 loads adapters of mixtures of experts with an argument that transformers 5.0 does not have yet.
+    """
+    try:
+        return (yield)
+    except TypeError as error:
+        if not str(error).endswith(".convert() got an unexpected keyword argument 'loading_info'"):
+            raise
+        pytest.skip("this PEFT loads adapters of mixtures of experts with a later transformers only")
 
 
 @dataclass(frozen=True)
