@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,11 @@ def stacks_of(model: PreTrainedModel, ends: tuple[str, ...] = BOTH) -> dict[str,
     return {name: tensor for name, tensor in model.state_dict().items() if name.endswith(ends)}
 
 
+def skip_without_stacks(names: Iterable[str]) -> None:
+    if not any(name.endswith(BOTH) for name in names):
+        pytest.skip("this version of transformers keeps the experts of this family otherwise")
+
+
 def options(method: Any = "svd", **changes: Any) -> DecomposeOptions:
     given = {"mode": "ipm", "rank": RANK, "alpha": ALPHA, "method": method, "targets": BOTH}
     return DecomposeOptions(**{**given, **changes})
@@ -98,6 +103,7 @@ def projected(weight: Tensor, rank: int, mode: str, T: Tensor | None = None) -> 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_residual_and_adapter_are_the_base(tmp_path: Path, family: str, mode: str) -> None:
     base = saved(family, tmp_path / "base")
+    skip_without_stacks(base.state_dict())
     targets = (*BOTH, *(("q_proj",) if family in ("gpt_oss", "olmoe") else ()))
     decompose(tmp_path / "base", output=tmp_path / "out", options=options(mode=mode, targets=targets))
     assert difference(loaded(base, tmp_path / "out"), base) > 1e-3
@@ -234,6 +240,7 @@ def test_a_stack_of_square_matrices_merges_as_peft_loads_it(tmp_path: Path) -> N
     torch.manual_seed(0)
     type(model)(model.config).save_pretrained(tmp_path / "base")
     base = loaded(model, tmp_path / "base")
+    skip_without_stacks(base.state_dict())
     decompose(tmp_path / "base", output=tmp_path / "out", options=options(targets=("experts.down_proj",)))
     assert len({stack.shape for stack in stacks_of(base, ("down_proj",)).values()} & {(EXPERTS, 32, 32)}) == 1
     assert difference(beside(base, tmp_path / "out"), base) < 1e-5
@@ -244,6 +251,7 @@ def test_a_stack_of_square_matrices_merges_as_peft_loads_it(tmp_path: Path) -> N
 def test_experts_that_lie_transposed_on_disk_are_written_back_so(tmp_path: Path) -> None:
     base = saved("qwen3_vl_moe", tmp_path / "plain")
     tensors = load_file(tmp_path / "plain" / "model.safetensors")
+    skip_without_stacks(tensors)
     flipped = {
         name: tensor.transpose(1, 2).contiguous() if name.endswith(BOTH) else tensor for name, tensor in tensors.items()
     }
