@@ -26,6 +26,9 @@ LARGE_TILE = 1024
 
 LARGE_SIDE = 4096
 
+STRIP = 128
+"""Columns that are transposed together."""
+
 
 def times(team: Team, A: Tensor, X: Tensor, *, damping: float = 0.0) -> Tensor:
     """`(A + damping · I) X` in float64: A (m, n) of any floating dtype, X (n, k) float64."""
@@ -125,7 +128,12 @@ def is_finite(team: Team, A: Tensor) -> bool:
 def transposed_copy(team: Team, A: Tensor) -> Tensor:
     """Aᵀ with contiguous rows."""
     At = torch.empty(A.shape[1], A.shape[0], dtype=A.dtype, device=A.device)
-    team.each(lambda rows: At[rows].copy_(A[:, rows].T), A.shape[1], PANEL)
+
+    def panel(rows: slice) -> None:
+        for begin in range(0, A.shape[0], STRIP):  # short columns: their lines stay in the cache until all is taken
+            At[rows, begin : begin + STRIP] = A[begin : begin + STRIP, rows].T
+
+    team.each(panel, A.shape[1], TILE)
     return At
 
 
@@ -162,13 +170,29 @@ class Cholesky:
         if not team.is_cpu:  # one product with the inverse takes far less time than two triangular solves
             self._inverse: Tensor = torch.cholesky_inverse(L)
             return
-        n = L.shape[0]
-        self._blocks = [slice(i, min(i + TILE, n)) for i in range(0, n, TILE)]
-        self._inverses = [torch.empty_like(L[block, block]) for block in self._blocks]
-        team.all(
-            lambda place: self._inverses[place].copy_(_inverse_of_lower(L[self._blocks[place], self._blocks[place]])),
-            range(len(self._blocks)),
-        )
+        self._blocks = [slice(i, min(i + TILE, self.side)) for i in range(0, self.side, TILE)]
+        self._inverses: list[tuple[Tensor, Tensor]] = []
+
+    def _prepare(self) -> None:
+        """Before the first solve: inverses of the diagonal blocks, and Lᵀ above the diagonal.
+
+        Products with a transposed matrix that has more rows than columns take twice as long.
+        """
+        L = self._L
+        inverses = {}
+
+        def invert(place: int) -> None:
+            block = self._blocks[place]
+            inverse = _inverse_of_lower(L[block, block])
+            inverses[place] = (inverse.contiguous(), inverse.T.contiguous())
+
+        def mirror(place: tuple[slice, slice]) -> None:
+            rows, columns = place
+            L[columns, rows] = L[rows, columns].T
+
+        self._team.all(invert, range(len(self._blocks)))
+        self._team.all(mirror, [(i, j) for i, j in lower_tiles(self.side, TILE) if i != j])
+        self._inverses = [inverses[place] for place in range(len(self._blocks))]
 
     @classmethod
     def of(cls, team: Team, G: Tensor) -> Cholesky | None:
@@ -193,16 +217,18 @@ class Cholesky:
         """`G⁻¹ X`, X (n, k)."""
         if not self._team.is_cpu:
             return self._inverse @ X
+        if not self._inverses:
+            self._prepare()
         X = X.clone()
         L = self._L
-        for block, inverse in zip(self._blocks, self._inverses, strict=True):
+        for block, (inverse, _) in zip(self._blocks, self._inverses, strict=True):
             X[block] = inverse @ X[block]
             below = slice(block.stop, None)
             subtract_product(self._team, X[below], L[below, block], X[block])
-        for block, inverse in zip(reversed(self._blocks), reversed(self._inverses), strict=True):
-            X[block] = inverse.T @ X[block]
+        for block, (_, transposed) in zip(reversed(self._blocks), reversed(self._inverses), strict=True):
+            X[block] = transposed @ X[block]
             above = slice(0, block.start)
-            subtract_product(self._team, X[above], L[block, above].T, X[block])
+            subtract_product(self._team, X[above], L[above, block], X[block])
         return X
 
 

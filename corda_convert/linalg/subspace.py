@@ -15,8 +15,8 @@ Each ends with a Rayleigh-Ritz step on M itself, not on its square, and with res
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from math import fsum, isfinite
 from typing import Any, Literal
 
@@ -184,11 +184,66 @@ class Subspace:
 
 
 @dataclass(frozen=True, slots=True)
+class _Images:
+    """What M makes of columns U (d_out, k): `Wᵀ U` and `Mᵀ U` (d_in, k), `M Mᵀ U` (d_out, k)."""
+
+    projected: Tensor
+    adjoint: Tensor
+    square: Tensor
+
+    @classmethod
+    def of(cls, team: Team, M: WeightedMatrix, U: Tensor) -> _Images:
+        """By applying M, which has no outliers taken out of it."""
+        projected = M.projected(team, U)
+        adjoint = M.T.transposed_times(team, projected)
+        return cls(projected, adjoint, M.forward(team, adjoint))
+
+
+@dataclass(slots=True)
+class _RecordedSquare:
+    """`M Mᵀ U`, block after block, with a record: so that nothing that combines the blocks is multiplied with M again."""
+
+    team: Team
+    M: WeightedMatrix
+    blocks: list[_Images] = field(default_factory=list)
+
+    def __call__(self, U: Tensor) -> Tensor:
+        self.blocks.append(_Images.of(self.team, self.M, U))
+        return self.blocks[-1].square.clone()
+
+    def images(self, coefficients: Tensor, others: Tensor) -> _Images:
+        """Those of `[basis @ coefficients | others]`, the basis being all blocks side by side."""
+        more, blocks = _Images.of(self.team, self.M, others), self.blocks
+        return _Images(
+            _combined(self.team, [block.projected for block in blocks], coefficients, more.projected),
+            _combined(self.team, [block.adjoint for block in blocks], coefficients, more.adjoint),
+            _combined(self.team, [block.square for block in blocks], coefficients, more.square),
+        )
+
+
+def _combined(team: Team, blocks: Sequence[Tensor], coefficients: Tensor, others: Tensor) -> Tensor:
+    """`[X @ coefficients | others]`, X being the blocks side by side; it is not put together, since fresh memory is slow."""
+    (height, width), count = blocks[0].shape, coefficients.shape[1]
+    out = torch.empty(height, count + others.shape[1], dtype=others.dtype, device=others.device)
+    out[:, count:] = others
+
+    def panel(rows: slice) -> None:
+        target = out[rows, :count]
+        torch.mm(blocks[0][rows], coefficients[:width], out=target)
+        for place, block in enumerate(blocks[1:], start=1):
+            target.addmm_(block[rows], coefficients[place * width : (place + 1) * width])
+
+    team.each(panel, height, PANEL)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
 class _Candidates:
     """What a solver found: orthonormal columns that hold the wanted vectors, and some of their neighbours.
 
     `angle` is a bound that the solver knows of its own, up to the rounding of M, where it is better than what residuals of
-    `M Mᵀ` can tell. `outliers` are singular vectors at the other end that V is orthogonal to.
+    `M Mᵀ` can tell. `outliers` are singular vectors at the other end that V is orthogonal to. `images` are those of V, where
+    the solver knows them already.
     """
 
     V: Tensor
@@ -200,6 +255,7 @@ class _Candidates:
     spectrum: Tensor | None = None
     angle: float | None = None
     outliers: Tensor | None = None
+    images: _Images | None = None
 
 
 def load_solvers() -> None:
@@ -247,7 +303,7 @@ def _tries(team: Team, M: WeightedMatrix, rank: int, end: End, solver: Solver) -
             found = _top(team, replace(M, outliers=outliers), rank - count)
             V = _joined(team, outliers, found.V)
             energy = found.energy + float(M.adjoint(team, outliers).square().sum())
-            yield replace(found, V=V, energy=energy, solver="deflated-lanczos")
+            yield replace(found, V=V, energy=energy, solver="deflated-lanczos", images=None)
         yield _dense(team, M, rank, end)
     else:
         yield from _bottom_tries(team, M, rank)
@@ -263,7 +319,8 @@ def workspace_elements(shape: tuple[int, int], rank: int, end: End, solver: Solv
     d_out, d_in = shape
     side = min(shape)
     steps = 0 if solver == "dense" else MOST_PER_RANK * rank + 16 * 64
-    basis = min(steps, side) * (d_out + 2 * min(steps, side))
+    recorded = 2 * (d_in + d_out) if end == "top" else 0
+    basis = min(steps, side) * (d_out + recorded + 2 * min(steps, side))
     reduced = 2 * d_out * d_in if end == "bottom" and d_out > d_in else 0
     return (
         3 * d_out * d_in + reduced + 6 * side * side + basis + 8 * rank * (d_out + d_in) + 4 * LARGE_TILE * max(shape)
@@ -320,9 +377,10 @@ def _top(team: Team, M: WeightedMatrix, rank: int) -> _Candidates:
     side = min(d_out, d_in)
     block = _block(rank)
     start = M.forward(team, random_block(d_in, block, M.W))
+    recorded = _RecordedSquare(team, M) if M.outliers is None else None
     found = block_lanczos(
         team,
-        lambda U: M.square(team, U),
+        recorded or (lambda U: M.square(team, U)),
         start,
         wanted=rank,
         most=min(side, MOST_PER_RANK * rank + max(8 * block, LEAST_BASIS)),
@@ -330,9 +388,15 @@ def _top(team: Team, M: WeightedMatrix, rank: int) -> _Candidates:
     )
     adjoint = M.adjoint(team, _probes(team, found.basis))
     outside = float(adjoint.square().sum()) / PROBES  # Hutchinson's estimate, as in Hutch++, arXiv:2010.09649
+    coefficients = found.coefficients[:, : _candidates(rank, len(found.values))]
+    V = _joined(team, times(team, found.basis, coefficients), M.forward(team, adjoint))
+    images = None
+    if recorded is not None:
+        images = recorded.images(coefficients, V[:, coefficients.shape[1] :].contiguous())
     return _Candidates(
-        V=_joined(team, found.vectors(_candidates(rank, len(found.values))), M.forward(team, adjoint)),
+        V=V,
         solver="block-lanczos",
+        images=images,
         energy=float(found.values.sum()) + outside,
         energy_is_estimated=True,
         steps=found.steps,
@@ -482,12 +546,12 @@ def _whole(team: Team, M: WeightedMatrix, rank: int, end: End) -> _Candidates:
 
 def _finish(team: Team, M: WeightedMatrix, found: _Candidates, rank: int, end: End) -> Subspace:
     """The wanted ones of the candidates, by the singular values of M on them."""
-    Y = M.projected(team, found.V)
-    P = M.T.transposed_times(team, Y)
+    Y = M.projected(team, found.V) if found.images is None else found.images.projected
+    P = M.T.transposed_times(team, Y) if found.images is None else found.images.adjoint
     values, coefficients = _right_singular(team, P)
     wanted, neighbour = (slice(0, rank), rank) if end == "top" else (slice(-rank, None), len(values) - rank - 1)
     coefficients = coefficients[:, wanted]
-    U, signs = fix_signs(found.V @ coefficients)
+    U, signs = fix_signs(times(team, found.V, coefficients))
     coefficients = coefficients * signs
     largest = float(values[0]) if end == "top" else (found.largest or 0.0) ** 0.5
     smallest = float(values[-1]) if end == "bottom" else None
@@ -497,7 +561,10 @@ def _finish(team: Team, M: WeightedMatrix, found: _Candidates, rank: int, end: E
     if scale > 0.0 and not LEAST_SCALE < scale < MOST_SCALE:
         raise torch.linalg.LinAlgError("fourth powers of singular values are outside float64's range")  # type: ignore[attr-defined]
     beside = float(values[neighbour]) if 0 <= neighbour < len(values) else None
-    certified = _certified(team, M, U, Y @ coefficients, P @ coefficients, largest, beside, found.outliers)
+    projected, adjoint = times(team, Y, coefficients), times(team, P, coefficients)
+    known = found.images
+    square = M.forward(team, adjoint) if known is None else times(team, known.square, coefficients)
+    certified = _certified(team, M, U, _Images(projected, adjoint, square), largest, beside, found.outliers)
     if found.angle is not None and beside is not None:
         taken = certified["singular_values"]
         gap = min(abs(float(end_value) - beside) for end_value in (taken[0], taken[-1]))
@@ -527,18 +594,17 @@ def _certified(
     team: Team,
     M: WeightedMatrix,
     U: Tensor,
-    projected: Tensor,
-    adjoint: Tensor,
+    images: _Images,
     largest: float,
     neighbour: float | None,
     outliers: Tensor | None,
 ) -> dict[str, Any]:
-    """What is known of the vectors by applying M to `adjoint`, which is `Mᵀ U`, as `projected` is `Wᵀ U`.
+    """What is known of the vectors by what M makes of them.
 
     A residual along outliers turns the vectors by next to nothing: its gap is theirs to the wanted ones.
     """
-    values = torch.linalg.vector_norm(adjoint, dim=0)
-    beyond = M.forward(team, adjoint)
+    values = torch.linalg.vector_norm(images.adjoint, dim=0)
+    beyond = images.square
     orthogonalize(team, U, beyond)
     towards = 0.0
     if outliers is not None:
@@ -554,7 +620,7 @@ def _certified(
         angle = min(float(torch.linalg.vector_norm(residuals / gaps)) + towards, 1.0)
     return {
         "U": U,
-        "projected": projected,
+        "projected": images.projected,
         "singular_values": values,
         "residual": float(residuals.max()) / largest**2 if largest > 0 else 0.0,
         "relative": relative,
