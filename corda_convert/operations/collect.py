@@ -37,6 +37,7 @@ from corda_convert.operations.collect_writing import (
 )
 from corda_convert.operations.experts_targets import OUTWARD
 from corda_convert.operations.options import RunOptions
+from corda_convert.output.licence import licence_of
 from corda_convert.output.receipt import tool
 from corda_convert.streaming.architecture import build_architecture
 from corda_convert.streaming.stream import Batch, LayerStream, make_batches
@@ -293,7 +294,8 @@ def _seal(job: CollectJob, work: Work, parts: Sequence[Finished], begun: float) 
         "inputs": [model_input(job.checkpoint), *text_inputs(job.options.corpus)],
         "aliases": aliases,
     }
-    sealing = Sealing(facts, "collected", tokens, lambda: usage(begun, job.device, job.run.ranks.place.size))
+    licence = licence_of(job.checkpoint.root)
+    sealing = Sealing(facts, "collected", tokens, lambda: usage(begun, job.device, job.run.ranks.place.size), licence)
     receipt = write_covariances(
         job.output, tensors, metadata, sealing, work=work.folder, max_shard_bytes=job.options.max_shard_bytes
     )

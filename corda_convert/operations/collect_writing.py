@@ -13,8 +13,10 @@ from corda_convert.checkpoint.covariances import FORMAT_NAME, FORMAT_VERSION, re
 from corda_convert.checkpoint.folder import INDEX_FILE
 from corda_convert.checkpoint.tensors import TensorRef, TensorSpec
 from corda_convert.errors import CordaConvertError, OutputRefused
+from corda_convert.operations.collect_card import covariance_card
 from corda_convert.operations.collect_receipt import tensor_entries
 from corda_convert.output.digests import file_sha256
+from corda_convert.output.licence import CARD_FILE, Licence
 from corda_convert.output.receipt import write_receipt
 from corda_convert.output.shard_writer import ShardWriter
 from corda_convert.output.staging import check_space, put_in_place
@@ -77,12 +79,14 @@ class Sealing:
         action: what was done to the tensors.
         tokens: how many went into each matrix, where that is known.
         run: time and memory, asked for when all else is written.
+        licence: of the model, for the card.
     """
 
     facts: Mapping[str, Any]
     action: str
     tokens: Mapping[str, int]
     run: Callable[[], dict[str, Any]]
+    licence: Licence = Licence()  # noqa: RUF009 - it has no state
 
 
 def write_covariances(
@@ -94,7 +98,10 @@ def write_covariances(
     work: Path,
     max_shard_bytes: int,
 ) -> dict[str, Any]:
-    """Writes the output beside its place, in `work`, and moves it there. Returns the receipt, which a folder holds."""
+    """Writes the output beside its place, in `work`, and moves it there.
+
+    Returns the receipt, which a folder holds, with a card.
+    """
     check_space(output, sum(tensor.spec.nbytes for tensor in tensors))
     if is_one_file(output):
         draft = work / "output.safetensors"
@@ -111,10 +118,15 @@ def write_covariances(
     weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard}
     total = sum(tensor.spec.nbytes for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    path = folder / INDEX_FILE
-    path.write_text(json.dumps(index, indent=1) + "\n", "utf-8")
-    files.append({"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)})
     receipt = _receipt(sealing, shards, files)
+    texts = {
+        INDEX_FILE: json.dumps(index, indent=1) + "\n",
+        CARD_FILE: covariance_card(receipt, metadata, sealing.licence, folder_name=output.name),
+    }
+    for name, text in texts.items():
+        path = folder / name
+        path.write_text(text, "utf-8")
+        files.append({"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)})
     write_receipt(folder, receipt)
     put_in_place(folder, output)
     return receipt
