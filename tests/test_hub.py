@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from hub_server import Account, Hub, StoredFile, client_settings, running_hub
+from hub_client import hub_for_this_process
+from hub_server import Account, Hub, StoredFile, running_hub
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -21,7 +21,6 @@ from corda_convert.hub import Destination, check_access, push_folder, translated
 # The client's own way of handing a file to its HTTP library.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
-GETADDRINFO = socket.getaddrinfo
 REPO = "alice/merged"
 CARD = "---\nlibrary_name: peft\ntags:\n- corda\n---\n\n# Merged\n"
 WEIGHTS = hashlib.shake_256(b"weights").digest(3 * 1024 * 1024)
@@ -30,31 +29,8 @@ WEIGHTS = hashlib.shake_256(b"weights").digest(3 * 1024 * 1024)
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A running Hub, with the client of this process configured as `Hub.environment` configures that of a child."""
-    with running_hub() as server:
-        home = tmp_path / "home"
-        for name, value in client_settings(server.endpoint, home).items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.delenv("HF_OIDC_RESOURCE", raising=False)
-        # The client read its environment when it was first imported, possibly by another test module.
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-        for name, value in (("XET", True), ("TELEMETRY", True), ("PROGRESS_BARS", True), ("IMPLICIT_TOKEN", False)):
-            monkeypatch.setattr(constants, f"HF_HUB_DISABLE_{name}", value)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(socket, "getaddrinfo", only_loopback)
-        huggingface_hub.close_session()
+    with hub_for_this_process(tmp_path / "home", monkeypatch) as server:
         yield server
-        huggingface_hub.close_session()
-
-
-def only_loopback(host: str, *arguments: object, **keywords: object):
-    """Fails the test, rather than the request, if the client of this process looks further than this machine."""
-    assert host == "127.0.0.1", f"the client looked up {host}"
-    return GETADDRINFO(host, *arguments, **keywords)
 
 
 @pytest.fixture

@@ -6,14 +6,12 @@ import json
 import os
 import shutil
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-import huggingface_hub
 import pytest
 import torch
 from building import (
@@ -32,7 +30,8 @@ from building import (
     write_lora,
 )
 from conftest import Ran, assert_no_leftovers
-from hub_server import Account, Hub, HubError, Repository, Request, StoredFile, client_settings, running_hub
+from hub_client import hub_for_this_process
+from hub_server import Account, Hub, HubError, Repository, Request, StoredFile, running_hub
 from huggingface_hub import constants
 
 from corda_convert import hub_ranges
@@ -48,35 +47,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 
 Command = Callable[..., Ran]
 BASE = "acme/base"
-GETADDRINFO = socket.getaddrinfo
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A running Hub, and the client of this process set to it, its cache empty."""
-    with running_hub() as server:
-        home = tmp_path / "home"
-        for name, value in client_settings(server.endpoint, home).items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-        for name in ("XET", "TELEMETRY", "PROGRESS_BARS"):
-            monkeypatch.setattr(constants, f"HF_HUB_DISABLE_{name}", True)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(hub_ranges, "_FIRST_WAIT_SECONDS", 0.01)
-        monkeypatch.setattr(socket, "getaddrinfo", only_loopback)
-        huggingface_hub.close_session()
+    monkeypatch.setattr(hub_ranges, "_FIRST_WAIT_SECONDS", 0.01)
+    with hub_for_this_process(tmp_path / "home", monkeypatch) as server:
         yield server
-        huggingface_hub.close_session()
-
-
-def only_loopback(host: str, *arguments: object, **keywords: object):
-    assert host == "127.0.0.1", f"the client looked up {host}"
-    return GETADDRINFO(host, *arguments, **keywords)
 
 
 @pytest.fixture
