@@ -251,10 +251,10 @@ def test_a_run_that_was_interrupted_goes_on_at_its_block(
     done(*arguments(tmp_path / "straight.safetensors"))
     run_block = LayerStream.run_block
 
-    def stopping(stream: LayerStream, index: int, after: Any = None) -> None:
+    def stopping(stream: LayerStream, index: int, *rest: Any) -> None:
         if index == 3:
             raise KeyboardInterrupt
-        run_block(stream, index, after)
+        run_block(stream, index, *rest)
 
     output = tmp_path / "covs.safetensors"
     with monkeypatch.context() as patch:
@@ -400,14 +400,17 @@ def test_python_gives_the_receipt(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("width", [40, 512, 1100])
 def test_half_of_a_product_is_the_whole_one(width: int, dtype: torch.dtype) -> None:
-    from corda_convert.linalg.gram import Workers, add_gram, is_exact_in_bfloat16, mirror
+    from corda_convert.linalg.gram import add_gram, is_exact_in_bfloat16, symmetric
+    from corda_convert.linalg.threads import Team
 
     rows = torch.randn(300, width, generator=torch.Generator().manual_seed(width)).to(dtype)
-    upper = torch.eye(width)
-    with Workers(upper.device) as workers:
-        add_gram(workers, upper, rows.float(), 0.5, are_bfloat16=is_exact_in_bfloat16(rows))
-    mirror(upper)
-    expected = torch.eye(width, dtype=torch.float64) + 0.5 * rows.double().T @ rows.double()
+    upper, whole = torch.full((width, width), torch.nan), torch.empty(width, width)
+    with Team(upper.device) as team:
+        for is_first in (True, False):
+            add_gram(team, upper, rows.float(), 0.5, are_bfloat16=is_exact_in_bfloat16(rows), is_first=is_first)
+        symmetric(team, upper, whole, 4)
+    upper = whole
+    expected = 0.25 * rows.double().T @ rows.double()
     assert (upper - expected).abs().max() < 1e-6 * expected.abs().max()
     assert torch.equal(upper, upper.T)
     assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"

@@ -8,7 +8,8 @@ import torch
 from building import FIXTURES, MODEL
 
 from corda_convert.corpus import CorpusOptions
-from corda_convert.linalg.gram import Workers
+from corda_convert.linalg.gram import Spare
+from corda_convert.linalg.threads import Team
 from corda_convert.operations.collect import collect
 from corda_convert.operations.collect_options import CollectOptions
 from corda_convert.operations.collect_statistics import InputStatistics, Precision
@@ -27,12 +28,12 @@ def as_many_threads_as_before() -> Iterator[None]:
 
 
 def summed(inputs: torch.Tensor, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
-    with Workers(CPU) as workers:
-        sums = InputStatistics("layer", inputs.shape[-1], CPU, "peft", precision, workers)
+    with Team(CPU) as team:
+        sums = InputStatistics("layer", inputs.shape[-1], CPU, "peft", precision, team, Spare())
         for sample in inputs.split(1):
             sums.add(sample, (0,))
-        sums.end_group()
-    return sums.covariance(len(inputs)), sums.mean_abs()
+            sums.end_group()
+        return sums.covariance(len(inputs)), sums.mean_abs()
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])

@@ -5,16 +5,16 @@ On a CPU each block is computed by one thread, so that the bits do not depend on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_T = TypeVar("_T")
+    from corda_convert.linalg.threads import Team
 
 PANEL = 512
 """Columns of a block. With d / 512 = p blocks a side, (p + 1) / 2p of the whole product is computed."""
@@ -24,31 +24,43 @@ ROWS = 256
 """Rows whose absolute values are summed together."""
 
 
-class Workers:
-    """As many CPU threads as torch takes, each of which works alone; none on another device. Used in a with statement."""
+class Spare:
+    """Matrices on a CPU that are used again: fresh memory costs more than what is computed in it."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
+        self._free: list[tuple[int, Tensor]] = []
+        self._part = 0
+        self._rows: Tensor | None = None
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A matrix with undefined values."""
         import torch
 
-        size = torch.get_num_threads() if device.type == "cpu" else 1
-        is_any = size > 1
-        self._pool = ThreadPoolExecutor(size, "sums", torch.set_num_threads, (1,)) if is_any else None
+        for place, (_, tensor) in enumerate(self._free):
+            if tuple(tensor.shape) == shape and tensor.dtype == dtype and tensor.device.type == device.type:
+                return self._free.pop(place)[1]
+        return torch.empty(shape, dtype=dtype, device=device)
 
-    def __enter__(self) -> Workers:
-        return self
+    def give(self, *tensors: Tensor) -> None:
+        """Takes back what nobody uses any more. What lies on another device is let go: torch keeps such memory itself."""
+        self._free += [(self._part, tensor) for tensor in tensors if tensor.device.type == "cpu"]
 
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
+    def rows(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Room for one input, with undefined values, until the next one asks."""
+        import torch
 
-    def each(self, function: Callable[[_T], object], items: Sequence[_T]) -> None:
-        """Calls it with each of the items, several at once."""
-        if self._pool is None:
-            for item in items:
-                function(item)
-            return
-        for future in [self._pool.submit(function, item) for item in items]:
-            future.result()
+        size = prod(shape)
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device)
+        if self._rows is None or self._rows.numel() < size or self._rows.dtype != dtype:
+            self._rows = None
+            self._rows = torch.empty(size, dtype=dtype)
+        return self._rows[:size].view(shape)
+
+    def end_part(self) -> None:
+        """Lets go of what was not used in the part of the model that ended."""
+        self._free = [(part, tensor) for part, tensor in self._free if part == self._part]
+        self._part += 1
 
 
 def panels(side: int) -> Iterator[tuple[int, int]]:
@@ -57,11 +69,19 @@ def panels(side: int) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + PANEL, side)
 
 
-def add_gram(workers: Workers, upper: Tensor, rows: Tensor, factor: float = 1.0, *, are_bfloat16: bool = False) -> None:
+def add_gram(
+    team: Team,
+    upper: Tensor,
+    rows: Tensor,
+    factor: float = 1.0,
+    *,
+    are_bfloat16: bool = False,
+    is_first: bool = False,
+) -> None:
     """Adds `factor · XᵀX` of `rows` (n, d) to the blocks of `upper` (d, d) on and above its diagonal.
 
-    Products of two bfloat16 numbers are exact in float32, in which they are summed. On CUDA such rows are given as they are
-    (float16 ones, too), on the CPU as float32 with `are_bfloat16`.
+    With `is_first` it takes the place of what is there. Products of two bfloat16 numbers are exact in float32, in which
+    they are summed. On CUDA such rows are given as they are (float16 ones, too), on the CPU as float32 with `are_bfloat16`.
     """
     import torch
 
@@ -69,13 +89,29 @@ def add_gram(workers: Workers, upper: Tensor, rows: Tensor, factor: float = 1.0,
 
     def add(place: tuple[slice, slice]) -> None:
         block, left, right = upper[place], rows[:, place[0]].T, rows[:, place[1]]
-        if is_short:
+        if is_short and is_first:
+            torch.mul(torch.mm(left, right, out_dtype=torch.float32), factor, out=block)  # type: ignore[call-overload,unused-ignore]
+        elif is_short:
             block.add_(torch.mm(left, right, out_dtype=torch.float32), alpha=factor)  # type: ignore[call-overload,unused-ignore]
         else:
-            block.addmm_(left, right, alpha=factor)
+            block.addmm_(left, right, alpha=factor, beta=0 if is_first else 1)
 
     with _bfloat16_products() if are_bfloat16 else nullcontext():
-        workers.each(add, _blocks(upper))
+        team.all(add, _blocks(upper))
+
+
+def add_group(team: Team, total: Tensor, group: Tensor, *, is_first: bool) -> None:
+    """Adds float32 sums to float64 ones, on and above the diagonal; with `is_first` they take the place of what is there."""
+    from corda_convert.linalg.scratch import scratch
+
+    def add(place: tuple[slice, slice]) -> None:
+        block = total[place]
+        if is_first:
+            block.copy_(group[place])
+        else:
+            block.add_(scratch("group", tuple(block.shape), block).copy_(group[place]))
+
+    team.all(add, _blocks(total))
 
 
 def _blocks(upper: Tensor) -> list[tuple[slice, slice]]:
@@ -86,18 +122,27 @@ def _blocks(upper: Tensor) -> list[tuple[slice, slice]]:
     return [(rows, columns) for columns in reversed(cut) for rows in cut if rows.start <= columns.start]
 
 
-def add_absolute(workers: Workers, total: Tensor, rows: Tensor) -> None:
-    """Adds the absolute values of `rows` (n, d) to `total` (d,) float64. They are summed in the dtype of `rows`, by blocks."""
+def add_absolute(team: Team, total: Tensor, rows: Tensor, converted: Tensor | None = None) -> None:
+    """Adds the absolute values of `rows` (n, d) to `total` (d,) float64. They are summed in the dtype of `rows`, by blocks.
+
+    With `converted` (n, d) the rows are written there on the way, and summed in its dtype.
+    """
     import torch
 
+    from corda_convert.linalg.scratch import scratch
+
+    given = rows if converted is None else converted
     cut = [slice(begin, begin + ROWS) for begin in range(0, len(rows), ROWS)]
-    sums = torch.empty(len(cut), rows.shape[1], dtype=rows.dtype, device=rows.device)
+    sums = torch.empty(len(cut), rows.shape[1], dtype=given.dtype, device=rows.device)
 
     def add(place: int) -> None:  # a product is several times faster than a sum over rows
-        block = rows[cut[place]].abs()
-        torch.mv(block.T, block.new_ones(len(block)), out=sums[place])
+        block = given[cut[place]]
+        if converted is not None:
+            block.copy_(rows[cut[place]])
+        absolute = torch.abs(block, out=scratch("absolute", tuple(block.shape), block))
+        torch.mv(absolute.T, absolute.new_ones(len(block)), out=sums[place])
 
-    workers.each(add, range(len(cut)))
+    team.all(add, range(len(cut)))
     for each in sums:
         total += each
 
@@ -132,9 +177,21 @@ def _bfloat16_products() -> Iterator[None]:
         switch.fp32_precision = before
 
 
-def mirror(upper: Tensor) -> None:
-    """Makes a square matrix symmetric, from what stands on and above its diagonal."""
-    for begin, end in panels(upper.shape[0]):
-        upper[begin:end, :begin] = upper[:begin, begin:end].T
-        corner = upper[begin:end, begin:end].triu()
-        upper[begin:end, begin:end] = corner + corner.triu(1).T
+def symmetric(team: Team, upper: Tensor, whole: Tensor, divisor: int = 1) -> None:
+    """Writes the square matrix that stands on and above the diagonal of `upper`, divided, to `whole`. Both are on a CPU.
+
+    `upper` is divided in its place.
+    """
+
+    def write(place: tuple[slice, slice]) -> None:
+        block, written = upper[place], whole[place]
+        if divisor != 1:
+            block /= divisor
+        written.copy_(block)
+        if place[0] == place[1]:
+            corner = written.triu()
+            written.copy_(corner + corner.triu(1).T)
+        else:
+            whole[place[1], place[0]] = written.T
+
+    team.all(write, _blocks(upper))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from corda_convert.checkpoint.dequantized import dequantized
 from corda_convert.checkpoint.folder import read_checkpoint
@@ -21,7 +21,7 @@ from corda_convert.corpus.options import check_token_ids, limited_seq_len
 from corda_convert.corpus.tokenizers import read_tokenizer
 from corda_convert.errors import UnsupportedInput, raise_problems, some
 from corda_convert.hub_reading import fetch, located
-from corda_convert.linalg.gram import Workers
+from corda_convert.linalg.gram import Spare
 from corda_convert.operations.collect_job import CollectJob
 from corda_convert.operations.collect_options import CollectOptions
 from corda_convert.operations.collect_receipt import model_input, text_inputs, usage
@@ -41,7 +41,13 @@ from corda_convert.output.licence import licence_of
 from corda_convert.output.receipt import tool
 from corda_convert.streaming.architecture import build_architecture
 from corda_convert.streaming.stream import Batch, LayerStream, make_batches
+from corda_convert.streaming.threads import ModelThreads
 from corda_convert.streaming.whole import run_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from corda_convert.linalg.threads import Team
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +125,18 @@ def _prepare(model: Path | str, output: Path, options: CollectOptions, run: RunO
 
 def _run(job: CollectJob, work: Work | None) -> list[Finished]:
     """Runs the model; rank 0, which has the work folder, keeps what each part gives."""
+    from corda_convert.linalg.threads import Team
+
     own, group_ends = _share(job)
     batches = tuple(job.batches[place] for place in own)
-    with Workers(job.device) as workers, _progress(job, len(batches)) as tick:
-        runner = _Runner(job, work, batches, group_ends, workers, tick)
+    threads = ModelThreads(job.device, job.at_once)
+    with threads, Team(job.device) as team, _progress(job, len(batches)) as tick:
+        runner = _Runner(job, work, batches, group_ends, team, tick)
         if job.options.whole_model:
-            runner.part(job.wanted, lambda stage: run_whole(job.architecture, batches, job.device, stage.end_batch))
+            with threads.share():
+                runner.part(job.wanted, lambda stage: run_whole(job.architecture, batches, job.device, stage.end_batch))
             return runner.parts
-        stream = LayerStream(job.architecture, batches, device=job.device, offload=job.options.offload)
+        stream = LayerStream(job.architecture, batches, device=job.device, offload=job.options.offload, threads=threads)
         with contextlib.closing(stream):
             outside = job.wanted.outside(stream.blocks)
             seen = runner.part(outside, lambda stage: stream.embed(stage.end_batch), is_partial=True)
@@ -139,8 +149,8 @@ def _run(job: CollectJob, work: Work | None) -> list[Finished]:
     return runner.parts
 
 
-def _run_block(stream: LayerStream, index: int, stage: Stage) -> None:
-    stream.run_block(index, stage.end_batch)
+def _run_block(stream: LayerStream, index: int, ticking: _Ticking) -> None:
+    stream.run_block(index, ticking.end_batch, ticking.stage.taps)
 
 
 def _run_head(stream: LayerStream, stage: Stage) -> None:
@@ -175,7 +185,7 @@ class _Runner:
         work: Work | None,
         batches: tuple[Batch, ...],
         group_ends: frozenset[int],
-        workers: Workers,
+        team: Team,
         tick: Callable[[], object],
     ) -> None:
         self._job = job
@@ -183,7 +193,9 @@ class _Runner:
         self._batches = batches
         self._group_ends = group_ends
         self._modules = dict(job.architecture.model.named_modules())
-        self._workers = workers
+        self._team = team
+        self._spare = Spare()
+        self._being_written: list[Tensor] = []
         self._tick = tick
         self.parts: list[Finished] = []
 
@@ -201,7 +213,8 @@ class _Runner:
             device=job.device,
             batches=self._batches,
             group_ends=self._group_ends,
-            workers=self._workers,
+            team=self._team,
+            spare=self._spare,
         )
         with stage.watching():
             run(_Ticking(stage, self._tick))
@@ -209,7 +222,10 @@ class _Runner:
         if finished is None:
             finished = Finished(Path(), result.aliases, result.tokens)
             if self._work is not None:
-                finished = self._work.keep(number, result)
+                finished = self._work.keep(number, result)  # after what was being written before
+                self._spare.give(*self._being_written)
+                self._being_written = [tensor for tensor in result.tensors.values() if tensor.ndim == 2]
+        self._spare.end_part()
         self.parts.append(finished)
         ranks.check()
         seen = {name.removesuffix(".mean_abs") for name in finished.tokens} | set(finished.aliases)

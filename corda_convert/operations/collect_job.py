@@ -21,6 +21,7 @@ from corda_convert.output.receipt import tool
 from corda_convert.streaming.architecture import Architecture
 from corda_convert.streaming.blocks import find_blocks
 from corda_convert.streaming.stream import Batch
+from corda_convert.streaming.threads import batches_at_once
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +50,11 @@ class CollectJob:
     @property
     def samples(self) -> int:
         return len(self.corpus.samples)
+
+    @property
+    def at_once(self) -> int:
+        """How many batches run at once: torch's threads are divided among them. Experts' products are seen one at a time."""
+        return batches_at_once(self.device, 1 if self.wanted.stacks else len(self.batches))
 
     def groups(self) -> list[list[int]]:
         """Places of batches that are summed together, the same for any number of processes."""
@@ -114,7 +120,7 @@ class CollectJob:
         """Bytes on the device, in host memory and on disk, known from headers: bounds, since shared inputs show later."""
         model, itemsize = self.architecture.model, self.architecture.dtype.itemsize
         hidden = model.config.get_text_config().hidden_size
-        tokens = max(batch.tokens for batch in self.batches)
+        tokens = max(batch.tokens for batch in self.batches) * (1 if self.options.whole_model else self.at_once)
         widths = self.wanted.widths
         matrices = sum(4 * (width + 1) * width for width in widths.values())
         if self.options.whole_model:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from corda_convert.distributed import Ranks
-    from corda_convert.linalg.gram import Workers
+    from corda_convert.linalg.gram import Spare
+    from corda_convert.linalg.threads import Team
     from corda_convert.operations.collect_options import CollectOptions
     from corda_convert.streaming.stream import Batch
 
@@ -49,7 +50,8 @@ class Stage:
         device: torch.device,
         batches: tuple[Batch, ...],
         group_ends: frozenset[int],
-        workers: Workers,
+        team: Team,
+        spare: Spare,
     ) -> None:
         """`modules` are the Linear layers, `stacks` the modules that hold each stack of experts, by the parameter's name.
 
@@ -59,7 +61,8 @@ class Stage:
         self._device = device
         self._batches = batches
         self._group_ends = group_ends
-        self._workers = workers
+        self._team = team
+        self._spare = spare
         self._place = 0
         self._sums: dict[str, InputStatistics] = {}
         self._outward: dict[str, list[Tensor]] = {}
@@ -118,6 +121,8 @@ class Stage:
         return agreed
 
     def _add(self, name: str, inputs: Tensor) -> None:
+        from corda_convert.linalg.threads import one_thread
+
         batch = self._batches[self._place]
         count = len(batch.numbers)
         width = inputs.shape[-1]
@@ -129,11 +134,14 @@ class Stage:
         sums = self._sums.get(name)
         if sums is None:
             sums = self._sums[name] = self._new(name, width)
-        sums.add(inputs.detach().reshape(count, -1, width), batch.numbers)
+        with one_thread():  # the model may be running on several
+            sums.add(inputs.detach().reshape(count, -1, width), batch.numbers)
 
     def _new(self, name: str, width: int) -> InputStatistics:
         options = self._options
-        return InputStatistics(name, width, self._device, options.normalization, options.precision, self._workers)
+        return InputStatistics(
+            name, width, self._device, options.normalization, options.precision, self._team, self._spare
+        )
 
     def _add_expert(self, seen: ExpertInputs) -> None:
         module, _, parameter = seen.stack.rpartition(".")

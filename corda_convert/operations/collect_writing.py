@@ -158,13 +158,14 @@ def _write_file(path: Path, tensors: Sequence[OutputTensor], metadata: dict[str,
     header = encode_header(specs, metadata)
     with ShardWriter(path, header, len(header) + sum(spec.nbytes for spec in specs)) as writer:
         place = len(header)
+        buffer = memoryview(bytearray(_CHUNK_BYTES))
         for tensor in tensors:
             done = 0
             while done < tensor.spec.nbytes:
-                piece = bytearray(min(_CHUNK_BYTES, tensor.spec.nbytes - done))
-                tensor.source.file.read_into(tensor.source.name, tensor.source.begin + done, memoryview(piece))
-                writer.write(place + done, memoryview(piece))
-                writer.digest(place + done, memoryview(piece))
+                piece = buffer[: tensor.spec.nbytes - done]
+                tensor.source.file.read_into(tensor.source.name, tensor.source.begin + done, piece)
+                writer.write(place + done, piece)
+                writer.digest(place + done, piece)
                 done += len(piece)
             place += done
         nbytes, sha256 = writer.finish()

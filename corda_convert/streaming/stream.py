@@ -8,6 +8,7 @@ kind of layer it is.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,8 @@ from corda_convert.errors import CordaConvertError, NotFinite, UnsupportedInput
 from corda_convert.streaming.architecture import Architecture
 from corda_convert.streaming.blocks import Blocks, find_blocks
 from corda_convert.streaming.hidden_states import HiddenStates, InMemory, OnDisk
+from corda_convert.streaming.taps import InputTaps, Use
+from corda_convert.streaming.threads import ModelThreads
 from corda_convert.streaming.weights import WeightSource, names_of
 
 if TYPE_CHECKING:
@@ -91,8 +94,9 @@ class LayerStream:
         *,
         device: torch.device,
         offload: Path | None = None,
+        threads: ModelThreads | None = None,
     ) -> None:
-        """`offload`: a folder where hidden states are kept instead of in host memory.
+        """`offload`: a folder where hidden states are kept instead of in host memory; `threads` run several batches at once.
 
         Raises `UnsupportedInput` where the blocks cannot be found, or the checkpoint lacks parameters of one.
         """
@@ -104,6 +108,10 @@ class LayerStream:
         )
         self._model = model
         self._device = device
+        self._threads = threads or ModelThreads(device, 1)
+        self._at_once = self._threads.at_once
+        self._filling = threading.Lock()
+        self._running = threading.local()
         self.weights = WeightSource(architecture, device)
         for index, block in enumerate(self.blocks.modules):
             self.weights.check(self.blocks.name(index), block)
@@ -127,22 +135,75 @@ class LayerStream:
                 after(place, states)
         self._replace_embedding()
 
-    def run_block(self, index: int, after: Callable[[int, Tensor], None] | None = None) -> None:
+    def run_block(
+        self, index: int, after: Callable[[int, Tensor], None] | None = None, taps: InputTaps | None = None
+    ) -> None:
         """Runs all batches through one block, whose number is that after the last one.
 
-        The hooks of its modules see every batch; `after` gets each batch's place and what the block gave. Raises
+        `taps` see every batch, one after the other; `after` gets each batch's place and what the block gave. Raises
         `NotFinite` where that is NaN or Inf, and `UnsupportedInput` where the block cannot be run alone.
         """
         self._expect(index)
         block = self.blocks.modules[index]
         self.weights.fill_all(self.blocks.name(index), block)
-        for place in range(len(self.batches)):
-            output = self._run(index, block, place)
-            self._check_finite(output, self.blocks.name(index), place)
-            self.hidden_states.put(place, output)
-            if after is not None:
-                after(place, output)
+        for places in self._waves():
+            ran = self._run_wave(index, block, places, taps)
+            for place in places:
+                if ran is None:
+                    with self._threads.share():
+                        output = self._run(index, block, place)
+                else:
+                    output, uses = ran.pop(0)
+                    if taps is not None:
+                        taps.see_again(uses)
+                    del uses
+                self._check_finite(output, self.blocks.name(index), place)
+                self.hidden_states.put(place, output)
+                if after is not None:
+                    after(place, output)
         self.weights.empty(block)
+
+    def _waves(self) -> Iterator[list[int]]:
+        """Places of batches that are run at once, all of one shape: some models keep tables for the length that runs."""
+        wave: list[int] = []
+        for place, batch in enumerate(self.batches):
+            is_like = not wave or self.batches[wave[0]].input_ids.shape == batch.input_ids.shape
+            if wave and (len(wave) == self._at_once or not is_like):
+                yield wave
+                wave = []
+            wave.append(place)
+        if wave:
+            yield wave
+
+    def _run_wave(
+        self, index: int, block: Any, places: list[int], taps: InputTaps | None
+    ) -> list[tuple[Tensor, list[Use]]] | None:
+        """What the block gives for each of some batches that run at once, and the inputs to be seen.
+
+        None where that does not go: one batch at a time, or a model that overwrites inputs of its modules.
+        """
+        if self._at_once == 1:
+            return None
+
+        def run(place: int) -> tuple[Tensor, list[Use]]:
+            self._running.place = place
+            if taps is None:
+                return self._forward_of(self.batches[place]), []
+            with taps.noting() as uses:
+                return self._forward_of(self.batches[place]), uses
+
+        call = partial(self._call, index, block)
+        with self._replaced({index: lambda args, kwargs: call(self._running.place, args, kwargs)}):
+            try:
+                ran = self._threads.each(run, places)
+            except _NeedsEmbedding:
+                self._is_embedding_needed = True
+                self._restore_embedding()
+                ran = self._threads.each(run, places)
+        if all(InputTaps.are_unchanged(uses) for _, uses in ran):
+            return ran
+        self._at_once = 1
+        return None
 
     def logits(self, place: int) -> Tensor:
         """The model's output for a batch, after the last block: logits (samples, tokens, vocabulary), on the device.
@@ -154,7 +215,8 @@ class LayerStream:
         batch = self.batches[place]
         states = self.hidden_states.take(place, self._device)
         last = len(self.blocks.modules) - 1
-        output = self._forward(batch, {last: lambda *_: _in_form(states, self._forms[last])}, is_stopped=False)
+        with self._threads.share():
+            output = self._forward(batch, {last: lambda *_: _in_form(states, self._forms[last])}, is_stopped=False)
         found = getattr(output, "logits", None)
         final: Tensor = found if found is not None else output[0]
         return final
@@ -171,7 +233,7 @@ class LayerStream:
         self._next += 1
 
     def _run(self, index: int, block: Any, place: int) -> Tensor:
-        """A batch through a block, with the true embedding before it if the block turns out to need that."""
+        """A batch through a block by itself, with the true embedding before it if the block turns out to need that."""
         call = partial(self._call, index, block, place)
         try:
             output: Tensor = self._forward(self.batches[place], {index: call})
@@ -185,8 +247,10 @@ class LayerStream:
         import torch
 
         states = self.hidden_states.take(place, self._device)
+        if self._at_once > 1:
+            states = states.clone()  # a block that overwrites them may have to run again
         others = (args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"})
-        if place == 0 and _holds_nan(others):
+        if place < self._threads.at_once and _holds_nan(others):
             if not self._is_embedding_needed:
                 raise _NeedsEmbedding
             raise self._not_alone(index, "it takes more from the block before it than hidden states")
@@ -201,8 +265,9 @@ class LayerStream:
                 raise
             raise self._not_alone(index, (str(error) or repr(error)).splitlines()[0]) from error
         form = None if isinstance(output, torch.Tensor) else tuple(isinstance(one, torch.Tensor) for one in output[1:])
-        if len(self._forms) == index:
-            self._forms.append(form)
+        with self._filling:
+            if len(self._forms) == index:
+                self._forms.append(form)
         raise _Reached(output if form is None else output[0])
 
     def _not_alone(self, index: int, reason: str) -> UnsupportedInput:
@@ -219,9 +284,14 @@ class LayerStream:
         is_stopped: bool = True,
     ) -> Any:
         """The model's forward with other calls in the place of some blocks; the others hand on what they are given."""
+        with self._replaced(calls):
+            return self._forward_of(batch, is_stopped=is_stopped)
+
+    def _forward_of(self, batch: Batch, *, is_stopped: bool = True) -> Any:
+        """The forward with the calls that are in the blocks' places."""
         import torch
 
-        with self._replaced(calls), torch.no_grad():
+        with torch.no_grad():
             try:
                 output = self._model(input_ids=batch.input_ids.to(self._device))
             except _Reached as reached:
@@ -259,7 +329,8 @@ class LayerStream:
         return handles
 
     def _fill(self, name: str, module: Any, _args: Any) -> None:
-        self.weights.fill(name, module)
+        with self._filling:
+            self.weights.fill(name, module)
 
     def _replace_embedding(self) -> None:
         """Puts NaN in the embedding's place: what a block takes beside its hidden states shows whether it depends on it."""

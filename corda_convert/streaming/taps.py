@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -37,8 +39,19 @@ class _Seen:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A module's input, which was to be seen later, and what version of the tensor it was."""
+
+    name: str
+    tensor: Tensor
+    version: int
+
+
 class InputTaps:
     """Hooks on modules. An input that several read goes to the sink once, under the name of the first of them.
+
+    The sink is called at once, or, for what runs in `noting`, in `see_again`.
 
     Attributes:
         leaders: each module that has run, and the module whose name its input has.
@@ -48,6 +61,7 @@ class InputTaps:
         self.leaders: dict[str, str] = {}
         self._sink = sink
         self._seen: list[_Seen] = []
+        self._noted = threading.local()
         self._handles = [module.register_forward_pre_hook(partial(self._see, name)) for name, module in modules.items()]
 
     def end_batch(self) -> None:
@@ -59,8 +73,35 @@ class InputTaps:
             handle.remove()
         self._seen.clear()
 
+    @contextmanager
+    def noting(self) -> Iterator[list[Use]]:
+        """Inputs that this thread's modules are given inside are noted, rather than seen."""
+        uses: list[Use] = []
+        self._noted.uses = uses
+        try:
+            yield uses
+        finally:
+            del self._noted.uses
+
+    @staticmethod
+    def are_unchanged(uses: Iterable[Use]) -> bool:
+        """Whether no input was overwritten since it was noted."""
+        return all(use.tensor._version == use.version for use in uses)
+
+    def see_again(self, uses: Iterable[Use]) -> None:
+        """Sees a batch's inputs that were noted, in the order of their use."""
+        for use in uses:
+            self._see_now(use.name, use.tensor)
+
     def _see(self, name: str, _module: Any, args: Sequence[Any]) -> None:
         tensor: Tensor = args[0]
+        uses: list[Use] | None = getattr(self._noted, "uses", None)
+        if uses is None:
+            self._see_now(name, tensor)
+        else:
+            uses.append(Use(name, tensor, tensor._version))
+
+    def _see_now(self, name: str, tensor: Tensor) -> None:
         known = next((seen.leader for seen in self._seen if seen.is_same(tensor)), None)
         leader = self.leaders.setdefault(name, known or name)
         if leader != (known or name):
