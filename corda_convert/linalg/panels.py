@@ -7,11 +7,11 @@ panel. Panels do not depend on the number of threads, so neither do the bits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import isfinite
 
 import torch
 from torch import Tensor
 
+from corda_convert.linalg.finite import is_finite
 from corda_convert.linalg.scratch import scratch
 from corda_convert.linalg.threads import Team
 
@@ -113,15 +113,10 @@ def cholesky_qr2(Z: Tensor) -> tuple[Tensor, Tensor] | None:
     return Q, R
 
 
-def is_finite(team: Team, A: Tensor) -> bool:
-    """Whether A holds neither NaN nor Inf, in one pass."""
+def all_finite(team: Team, A: Tensor) -> bool:
+    """Whether A holds neither NaN nor Inf."""
     found: list[bool] = []
-
-    def panel(rows: slice) -> None:
-        least, most = torch.aminmax(A[rows])
-        found.append(isfinite(float(least)) and isfinite(float(most)))
-
-    team.each(panel, A.shape[0] if A.numel() else 0, PANEL)
+    team.each(lambda rows: found.append(is_finite(A[rows])), A.shape[0], PANEL)
     return all(found)
 
 

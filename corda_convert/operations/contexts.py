@@ -63,9 +63,9 @@ class ContextMethod:
 
         from corda_convert.linalg import weighting as algebra
         from corda_convert.linalg.covariance import is_symmetric
-        from corda_convert.linalg.panels import is_finite
+        from corda_convert.linalg.panels import all_finite
 
-        if not is_finite(team, context):
+        if not all_finite(team, context):
             raise NotFinite(
                 f"{ref.name} in {ref.file.path} holds NaN or Inf.",
                 why="The calibration ran over a float16 range, or the file is damaged.",

@@ -190,10 +190,10 @@ class _DecomposeSession:
         return facts
 
     def _check_finite(self, team: Team, weight: Tensor) -> None:
-        from corda_convert.linalg.panels import is_finite
+        from corda_convert.linalg.panels import all_finite
 
         ref = self.transform.weight
-        if not is_finite(team, weight):
+        if not all_finite(team, weight):
             raise NotFinite(f"{ref.name} in {ref.file.path} holds NaN or Inf.")
 
     def _weigh(self, team: Team, inputs: Mapping[str, Tensor]) -> Weighed:

@@ -49,11 +49,11 @@ class _DequantizeSession:
         """There are none."""
 
     def step(self, first_row: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-        import torch
+        from corda_convert.linalg.finite import is_finite
 
         (output,) = outputs.values()
         output.copy_(inputs["source"])
-        if output.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(output)):
+        if not is_finite(output):
             raise NotFinite(
                 f"{self.transform.source.name} holds values outside the range of {self.transform.dtype}.",
                 next_step="Choose --dtype bfloat16 or float32.",

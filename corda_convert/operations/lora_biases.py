@@ -111,13 +111,15 @@ class _SumSession:
     def step(self, first_row: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         import torch
 
+        from corda_convert.linalg.finite import is_finite
+
         (output,) = outputs.values()
         total = torch.zeros(output.shape, dtype=torch.float64)
         for place, (ref, factor) in enumerate(self.transform.parts):
             check_finite(ref, inputs[str(place)])
             total.add_(inputs[str(place)].reshape(total.shape).double(), alpha=factor)
         output.copy_(total)
-        if not bool(torch.isfinite(output).all()):
+        if not is_finite(output):
             raise out_of_range(self.transform.output)
 
     def facts(self) -> Facts:

@@ -92,6 +92,8 @@ class _JoinSession:
 
     def step(self, first_row: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Fills one block of rows, with what is in `inputs` and zeros."""
+        from corda_convert.linalg.finite import is_finite
+
         (output,) = outputs.values()
         dim, begin = self.transform.dim, 0
         parts = {str(index): part for index, part in enumerate(self.transform.parts)}
@@ -100,21 +102,13 @@ class _JoinSession:
             output.narrow(dim, begin, size).copy_(tensor if factor == 1.0 else _times(tensor, factor))
             begin += size
         output.narrow(dim, begin, output.shape[dim] - begin).zero_()
-        if not _is_finite(output):
+        if not is_finite(output):
             for name, tensor in inputs.items():
                 check_finite(parts[name].ref, tensor)
             raise out_of_range(self.transform.output)
 
     def facts(self) -> Facts:
         return {"parts": [part.ref.name for part in self.transform.parts]}
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """By the norm, in one pass; entry by entry where that is out of float32's range."""
-    import torch
-
-    norm = torch.linalg.vector_norm(tensor, dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-    return bool(torch.isfinite(norm)) or bool(torch.isfinite(tensor).all())
 
 
 def _times(tensor: Tensor, factor: float) -> Tensor:
@@ -124,9 +118,9 @@ def _times(tensor: Tensor, factor: float) -> Tensor:
 
 def check_finite(ref: TensorRef, tensor: Tensor) -> None:
     """Raises `NotFinite` that names the tensor."""
-    import torch
+    from corda_convert.linalg.finite import is_finite
 
-    if not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         raise NotFinite(
             f"{ref.name} in {ref.file.path} holds NaN or Inf.",
             why="The training diverged, or the file is damaged.",

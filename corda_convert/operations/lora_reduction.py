@@ -179,7 +179,7 @@ class _ReduceSession:
         self, right: Tensor, left: Tensor, outputs: Mapping[str, Tensor], expert: int
     ) -> tuple[Tensor, Tensor]:
         """Puts one expert's factors where PEFT has them. Returns them in float64 as they were rounded."""
-        import torch
+        from corda_convert.linalg.finite import is_finite
 
         transform, experts = self.transform, self.transform.module.experts
         rank = right.shape[0]
@@ -187,13 +187,13 @@ class _ReduceSession:
         columns = outputs[transform.lora_B.name].view(left.shape[0], -1, experts)[:, :rank, expert]
         for spec, place, factor in ((transform.lora_A, rows, right), (transform.lora_B, columns, left)):
             place.copy_(factor)
-            if not bool(torch.isfinite(place).all()):
+            if not is_finite(place):
                 raise out_of_range(spec)
         return rows.to(self.device).double(), columns.to(self.device).double()
 
     def _write(self, right: Tensor, left: Tensor, outputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Puts lora_A and lora_B into the outputs. Returns them in float64 as they were rounded."""
-        import torch
+        from corda_convert.linalg.finite import is_finite
 
         transform = self.transform
         rank = right.shape[0]
@@ -201,7 +201,7 @@ class _ReduceSession:
             matrix = outputs[spec.name].view(spec.shape[0], -1)
             matrix.zero_()
             matrix.narrow(dim, 0, rank).copy_(factor)
-            if not bool(torch.isfinite(matrix).all()):
+            if not is_finite(matrix):
                 raise out_of_range(spec)
         stored_A = outputs[transform.lora_A.name].view(transform.lora_A.shape[0], -1)[:rank]
         stored_B = outputs[transform.lora_B.name].view(transform.lora_B.shape[0], -1)[:, :rank]

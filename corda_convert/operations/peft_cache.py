@@ -124,7 +124,9 @@ def _bytes(name: str, tensor: Tensor) -> memoryview:
     """The float32 bytes of a tensor. Raises `NotFinite`."""
     import torch
 
-    if not bool(torch.isfinite(tensor).all()):
+    from corda_convert.linalg.finite import is_finite
+
+    if not is_finite(tensor):
         raise NotFinite(f"{name} would hold NaN or Inf: the initial adapter does.")
     buffer = bytearray(4 * tensor.numel())
     torch.frombuffer(buffer, dtype=torch.float32).view(tensor.shape).copy_(tensor)

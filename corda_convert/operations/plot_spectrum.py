@@ -154,8 +154,10 @@ def _singular_values(team: Team, target: Target, weighing: ContextMethod, device
     """All singular values of `W T`, float64, largest first. Raises `NotFinite` or `CovarianceMismatch`."""
     import torch
 
+    from corda_convert.linalg.finite import is_finite
+
     stored = read_tensor(target.weight).to(device)
-    if not bool(torch.isfinite(stored).all()):
+    if not is_finite(stored):
         raise NotFinite(f"{target.weight.name} in {target.weight.file.path} holds NaN or Inf.")
     weight = (stored.T if target.layout == "in_out" else stored).double()
     matrix = weight.T.contiguous()

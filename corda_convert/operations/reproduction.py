@@ -149,6 +149,7 @@ class _ReproduceSession:
     def step(self, first_row: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         import torch
 
+        from corda_convert.linalg.finite import is_finite
         from corda_convert.linalg.lora import square
 
         (output,) = outputs.values()
@@ -156,13 +157,13 @@ class _ReproduceSession:
         weight = inputs["weight"].to(self.device, torch.float32)
         rows = self._residual(weight)
         self._fold(rows, inputs)
-        if not bool(torch.isfinite(rows).all()):
+        if not is_finite(rows):
             raise NotFinite(
                 f"Folding into {self.transform.fold.weight.name} overflows float32, although its inputs are finite.",
                 why="The adapter's values or its scaling are far too large.",
             )
         output.view(rows.shape).copy_(rows)
-        if not bool(torch.isfinite(output).all()):
+        if not is_finite(output):
             raise NotFinite(
                 f"{self.transform.fold.weight.name} holds values outside the range of {self.transform.fold.dtype}.",
                 next_step="Choose --dtype bfloat16 or float32.",
@@ -207,10 +208,10 @@ class _ReproduceSession:
                 rows.copy_(rows.to(stored))
 
     def _check_finite(self, inputs: Mapping[str, Tensor]) -> None:
-        import torch
+        from corda_convert.linalg.finite import is_finite
 
         for name, ref in self.transform.whole.items():
-            if not bool(torch.isfinite(inputs[name]).all()):
+            if not is_finite(inputs[name]):
                 raise NotFinite(
                     f"{ref.name} in {ref.file.path} holds NaN or Inf.",
                     why="The model is damaged."

@@ -239,6 +239,8 @@ class _FoldSession:
     def _pass(self, folds: Mapping[int, RowFold], first_row: int, inputs: Mapping[str, Tensor], output: Tensor) -> None:
         import torch
 
+        from corda_convert.linalg.finite import is_finite
+
         stored = inputs["weight"]
         streamed = self._on_device({name: tensor for name, tensor in inputs.items() if name != "weight"})
         rows = self._loaded(self._copied("rows", stored))
@@ -253,7 +255,7 @@ class _FoldSession:
             output.copy_(rows)
             if output.dtype != rows.dtype:
                 rounding_square = _square(self._copied("rounded", output).sub_(rows))
-        if not isfinite(rounding_square) or (output.dtype == torch.float16 and not bool(torch.isfinite(output).all())):
+        if not isfinite(rounding_square) or (output.dtype == torch.float16 and not is_finite(output)):
             raise _overflow(self.transform.weight.name, self.transform.dtype)
         self.squares.append((weight_square, delta_square, rounding_square))
 
@@ -327,16 +329,16 @@ class _FoldSession:
         return square
 
     def _check_finite(self, name: str, tensor: Tensor) -> None:
-        import torch
+        from corda_convert.linalg.finite import is_finite
 
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise self._culprit({name: tensor})
 
     def _culprit(self, inputs: Mapping[str, Tensor]) -> CordaConvertError:
-        import torch
+        from corda_convert.linalg.finite import is_finite
 
         for name, tensor in inputs.items():
-            if not bool(torch.isfinite(tensor).all()):
+            if not is_finite(tensor):
                 ref = self.transform.weight if name == "weight" else self.transform.refs[name]
                 return NotFinite(
                     f"{ref.name} in {ref.file.path} holds NaN or Inf.",
@@ -426,15 +428,15 @@ class _CastSession:
         """There are none."""
 
     def step(self, first_row: int, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-        import torch
+        from corda_convert.linalg.finite import is_finite
 
         (output,) = outputs.values()
         source = inputs["source"]
         output.copy_(source)
-        if bool(torch.isfinite(output).all()):
+        if is_finite(output):
             return
         ref = self.transform.source
-        if bool(torch.isfinite(source).all()):
+        if is_finite(source):
             raise _overflow(ref.name, self.transform.dtype)
         if self.transform.action != "cast":  # the base's own values are the base's business
             raise NotFinite(f"{ref.name} in {ref.file.path} holds NaN or Inf.", why="The training diverged.")
