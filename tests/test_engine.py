@@ -481,6 +481,10 @@ allocator keeps, and pages of libraries, of which the kernel maps more where the
 are in its cache. It is a constant, not a share of the checkpoint: see the test with two sizes."""
 
 
+COUNTED_LATE = 4_000_000
+"""The kernel sums a process's pages up from counters of each core, so that a later look may show a little less."""
+
+
 def measure(*arguments: object) -> tuple[dict[str, Any], int]:
     """The receipt of a run in a new process, and the peak of its resident memory as the kernel counts it.
 
@@ -530,7 +534,7 @@ def test_memory_stays_below_the_plan_and_does_not_grow_with_the_checkpoint(tmp_p
         plan = found["plan"]
         assert plan["write_bytes"] > least
         assert highest <= plan["memory_bytes"] + SLACK
-        assert found["run"]["peak_memory_bytes"] <= highest
+        assert found["run"]["peak_memory_bytes"] <= highest + COUNTED_LATE
     assert receipt["plan"]["buffer_bytes"] == large.receipt["plan"]["buffer_bytes"]
 
 
