@@ -1,6 +1,7 @@
 """Batches that run through a block at once give what they give one after the other, and what transformers gives."""
 
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,7 +47,25 @@ def _overwrite(_module: torch.nn.Module, args: tuple[torch.Tensor, ...], _output
     args[0].zero_()
 
 
-def _inputs_of_the_whole_model(batches: list[Batch], overwriting: bool) -> dict[str, list[torch.Tensor]]:
+def _keep(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    module.kept = args[0]
+    time.sleep(0.01)  # another batch that ran meanwhile would leave its own here
+
+
+def _use_kept(module: torch.nn.Module, _args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    return output + module.kept.mean()
+
+
+def _make_it(kind: str, module: torch.nn.Module) -> None:
+    """What its hooks make of a module."""
+    if kind == "overwrites its inputs":
+        module.register_forward_hook(_overwrite)
+    elif kind == "keeps a state":
+        module.register_forward_pre_hook(_keep)
+        module.register_forward_hook(_use_kept)
+
+
+def _inputs_of_the_whole_model(batches: list[Batch], kind: str) -> dict[str, list[torch.Tensor]]:
     model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto").eval()
     found: dict[str, list[torch.Tensor]] = {}
     for index in range(model.config.num_hidden_layers):
@@ -55,19 +74,16 @@ def _inputs_of_the_whole_model(batches: list[Batch], overwriting: bool) -> dict[
         module.register_forward_pre_hook(
             lambda _module, args, name=name: found.setdefault(name, []).append(args[0].clone())
         )
-        if overwriting:
-            module.register_forward_hook(_overwrite)
+        _make_it(kind, module)
     with torch.no_grad():
         for batch in batches:
             model(input_ids=batch.input_ids)
     return found
 
 
-@pytest.mark.parametrize("overwriting", [False, True])
-def test_inputs_are_those_of_the_whole_model_in_the_order_of_the_batches(
-    overwriting: bool, batches: list[Batch]
-) -> None:
-    expected = _inputs_of_the_whole_model(batches, overwriting)
+@pytest.mark.parametrize("kind", ["plain", "overwrites its inputs", "keeps a state"])
+def test_inputs_are_those_of_the_whole_model_in_the_order_of_the_batches(kind: str, batches: list[Batch]) -> None:
+    expected = _inputs_of_the_whole_model(batches, kind)
     architecture = build_architecture(read_checkpoint(MODEL))
     found: dict[str, list[torch.Tensor]] = {}
     threads = ModelThreads(CPU, len(batches))
@@ -78,12 +94,11 @@ def test_inputs_are_those_of_the_whole_model_in_the_order_of_the_batches(
         for index in range(len(stream.blocks.modules)):
             name = DOWN.format(index)
             module = architecture.model.get_submodule(name)
-            if overwriting:
-                module.register_forward_hook(_overwrite)
+            _make_it(kind, module)
             taps = InputTaps({name: module}, lambda name, rows: found.setdefault(name, []).append(rows.clone()))
             stream.run_block(index, lambda *_, taps=taps: taps.end_batch(), taps)
             taps.remove()
-            assert (stream._at_once == 1) == overwriting
+            assert (stream._at_once == 1) == (kind != "plain")
         stream.close()
     assert found.keys() == expected.keys()
     for name, each in expected.items():

@@ -13,19 +13,21 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from corda_convert.errors import CordaConvertError, NotFinite, UnsupportedInput
 from corda_convert.streaming.architecture import Architecture
 from corda_convert.streaming.blocks import Blocks, find_blocks
 from corda_convert.streaming.hidden_states import HiddenStates, InMemory, OnDisk
 from corda_convert.streaming.taps import InputTaps, Use
-from corda_convert.streaming.threads import ModelThreads
+from corda_convert.streaming.threads import ModelThreads, noted_state
 from corda_convert.streaming.weights import WeightSource, names_of
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +182,7 @@ class LayerStream:
     ) -> list[tuple[Tensor, list[Use]]] | None:
         """What the block gives for each of some batches that run at once, and the inputs to be seen.
 
-        None where that does not go: one batch at a time, or a model that overwrites inputs of its modules.
+        None where that does not go: one batch at a time, or a model that overwrites inputs of its modules or keeps a state.
         """
         if self._at_once == 1:
             return None
@@ -195,15 +197,25 @@ class LayerStream:
         call = partial(self._call, index, block)
         with self._replaced({index: lambda args, kwargs: call(self._running.place, args, kwargs)}):
             try:
-                ran = self._threads.each(run, places)
+                ran = self._run_at_once(run, places)
             except _NeedsEmbedding:
                 self._is_embedding_needed = True
                 self._restore_embedding()
-                ran = self._threads.each(run, places)
-        if all(InputTaps.are_unchanged(uses) for _, uses in ran):
+                ran = self._run_at_once(run, places)
+        if ran is not None and all(InputTaps.are_unchanged(uses) for _, uses in ran):
             return ran
         self._at_once = 1
         return None
+
+    def _run_at_once(self, run: Callable[[int], _T], places: list[int]) -> list[_T] | None:
+        """None where modules kept something of a batch meanwhile: then neither what they gave counts, nor that they failed."""
+        with noted_state() as state:
+            try:
+                ran = self._threads.each(run, places)
+            except UnsupportedInput:
+                if not state:
+                    raise
+        return None if state else ran
 
     def logits(self, place: int) -> Tensor:
         """The model's output for a batch, after the last block: logits (samples, tokens, vocabulary), on the device.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -71,3 +71,32 @@ class ModelThreads:
         if errors:
             raise errors[0]
         return [future.result() for future in futures]
+
+
+@contextlib.contextmanager
+def noted_state() -> Iterator[list[str]]:
+    """Attributes and buffers that modules are given inside, by whatever thread.
+
+    A model that keeps in its modules what belongs to the batch that runs cannot run two at once: one would read what the
+    other wrote.
+    """
+    import torch
+
+    names: list[str] = []
+    module: Any = torch.nn.Module
+    before = {name: getattr(module, name) for name in ("__setattr__", "__delattr__", "register_buffer")}
+
+    def noting(change: Callable[..., None]) -> Callable[..., None]:
+        def note(self: Any, name: str, *values: Any, **options: Any) -> None:
+            names.append(f"{type(self).__name__}.{name}")
+            change(self, name, *values, **options)
+
+        return note
+
+    for name, change in before.items():
+        setattr(module, name, noting(change))
+    try:
+        yield names
+    finally:
+        for name, change in before.items():
+            setattr(module, name, change)
