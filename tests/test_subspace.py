@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from corda_convert.linalg import covariance, lora, subspace
-from corda_convert.linalg.panels import Cholesky, cholesky_qr2, gram, times, transposed_times
+from corda_convert.linalg.panels import Cholesky, ShiftedFactors, cholesky_qr2, gram, times, transposed_times
 from corda_convert.linalg.subspace import (
     End,
     Factors,
@@ -320,6 +320,29 @@ def test_panels_multiply_and_factor_as_whole_matrices_do(n: int) -> None:
         assert torch.allclose(factor.lower() @ factor.lower().T, G, rtol=1e-11, atol=1e-9)
         assert torch.allclose(G @ factor.solve(X), X, atol=1e-7)
         assert Cholesky.of(team, G - 2 * G.diagonal().max() * torch.eye(n, dtype=G.dtype)) is None
+
+
+@pytest.mark.parametrize("n", [5, 300, 1100])
+def test_one_matrix_has_a_factor_for_each_shift_in_turn(n: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    A = torch.randn(n + 30, n, generator=generator, dtype=torch.float64)
+    X = torch.randn(n, 6, generator=generator, dtype=torch.float64)
+    with Team(CPU) as team:
+        G = gram(team, A)
+        smallest = float(torch.linalg.eigvalsh(G)[0])
+        factors = ShiftedFactors(team, G.clone())
+        for shift in (0.0, 0.9 * smallest, 2 * float(G.diagonal().max()), 1.01 * smallest, 0.5 * smallest, 0.0):
+            shifted = G - shift * torch.eye(n, dtype=G.dtype)
+            factor = factors.factor(shift)
+            assert (factor is None) == (shift > smallest)
+            if factor is not None:
+                assert torch.allclose(factor.lower() @ factor.lower().T, shifted, rtol=1e-11, atol=1e-9)
+                assert torch.allclose(shifted @ factor.solve(X), X, atol=1e-7)
+        assert factor is not None
+        before = factor.solve(X)
+        factor.take_upper()
+        assert torch.allclose(factor.solve(X), before, rtol=1e-9, atol=1e-12)
+        assert torch.allclose(G @ factor.solve(X), X, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -158,9 +158,11 @@ def gram(team: Team, A: Tensor) -> Tensor:
 class Cholesky:
     """`G = L Lᵀ` of a symmetric float64 matrix, which is overwritten, for solving with it again and again."""
 
-    def __init__(self, team: Team, L: Tensor) -> None:
+    def __init__(self, team: Team, L: Tensor, *, keeps_upper: bool = False) -> None:
+        """`keeps_upper`: what stands above the diagonal is somebody else's."""
         self._team = team
         self._L = L
+        self._keeps_upper = keeps_upper
         self.side = L.shape[0]
         if not team.is_cpu:  # one product with the inverse takes far less time than two triangular solves
             self._inverse: Tensor = torch.cholesky_inverse(L)
@@ -169,7 +171,7 @@ class Cholesky:
         self._inverses: list[tuple[Tensor, Tensor]] = []
 
     def _prepare(self) -> None:
-        """Before the first solve: inverses of the diagonal blocks, and Lᵀ above the diagonal.
+        """Before the first solve: inverses of the diagonal blocks, and Lᵀ above the diagonal if that is free.
 
         Products with a transposed matrix that has more rows than columns take twice as long.
         """
@@ -186,7 +188,8 @@ class Cholesky:
             L[columns, rows] = L[rows, columns].T
 
         self._team.all(invert, range(len(self._blocks)))
-        self._team.all(mirror, [(i, j) for i, j in lower_tiles(self.side, TILE) if i != j])
+        if not self._keeps_upper:
+            self._team.all(mirror, [(i, j) for i, j in lower_tiles(self.side, TILE) if i != j])
         self._inverses = [inverses[place] for place in range(len(self._blocks))]
 
     @classmethod
@@ -200,9 +203,9 @@ class Cholesky:
         """A tensor of its dtype and device."""
         return self._L
 
-    def reuse(self) -> Tensor:
-        """Its memory, for another matrix of its size; this factor cannot be used any more."""
-        return self._L
+    def take_upper(self) -> None:
+        """What stands above the diagonal is nobody's any more: solving is faster then."""
+        self._keeps_upper, self._inverses = False, []
 
     def lower(self) -> Tensor:
         """L, with zeros above the diagonal."""
@@ -223,8 +226,45 @@ class Cholesky:
         for block, (_, transposed) in zip(reversed(self._blocks), reversed(self._inverses), strict=True):
             X[block] = transposed @ X[block]
             above = slice(0, block.start)
-            subtract_product(self._team, X[above], L[above, block], X[block])
+            beside = L[block, above].T if self._keeps_upper else L[above, block]
+            subtract_product(self._team, X[above], beside, X[block])
         return X
+
+
+class ShiftedFactors:
+    """Cholesky factors of `G − μI` for one μ after the other, all in the memory of the symmetric float64 matrix G.
+
+    Each takes what is on and below the diagonal; above it G stays, from which the next one begins. Only the last one can be
+    solved with.
+    """
+
+    def __init__(self, team: Team, G: Tensor) -> None:
+        self._team = team
+        self._G = G
+        self._is_whole = True
+        n = G.shape[0]
+        self._blocks = [slice(i, min(i + TILE, n)) for i in range(0, n, TILE)]
+        self._corners = [G[block, block].clone() for block in self._blocks] if team.is_cpu else []
+
+    def factor(self, shift: float) -> Cholesky | None:
+        """None where `G − shift · I` is not positive definite in float64."""
+        G = self._G
+        if not self._team.is_cpu:
+            shifted = G.clone()
+            shifted.diagonal().sub_(shift)
+            return Cholesky.of(self._team, shifted)
+
+        def mirror(place: tuple[slice, slice]) -> None:
+            rows, columns = place
+            G[rows, columns] = G[columns, rows].T
+
+        if not self._is_whole:
+            self._team.all(mirror, [(i, j) for i, j in lower_tiles(G.shape[0], TILE) if i != j])
+        self._is_whole = False
+        for block, corner in zip(self._blocks, self._corners, strict=True):
+            G[block, block] = corner
+        G.diagonal().sub_(shift)
+        return Cholesky(self._team, G, keeps_upper=True) if _factor(self._team, G) is not None else None
 
 
 def is_positive_definite(team: Team, A: Tensor) -> bool:

@@ -28,6 +28,7 @@ from corda_convert.linalg.panels import (
     LARGE_TILE,
     PANEL,
     Cholesky,
+    ShiftedFactors,
     gram,
     orthonormal,
     times,
@@ -449,19 +450,19 @@ def _bottom_tries(team: Team, M: WeightedMatrix, rank: int) -> Iterator[_Candida
     if energy == 0.0:
         return
     largest = _largest_eigenvalue(team, G)
-    factor = Cholesky.of(team, G.clone())
-    if factor is not None:
-        yield _shift_inverted(team, G, factor, rank, energy, largest)
-    del factor, G
+    factors = ShiftedFactors(team, G)
+    if (factor := factors.factor(0.0)) is not None:
+        yield _shift_inverted(team, factors, factor, rank, energy, largest)
+    del factor, factors, G
     outliers, beside = _outliers(team, M)
     if outliers.shape[1] > 0:
         G = gram(team, replace(M, outliers=outliers).transposed(team)).addmm_(outliers, outliers.T, alpha=beside)
-        factor = Cholesky.of(team, G.clone())
-        if factor is not None:
-            found = _shift_inverted(team, G, factor, rank, energy, largest)
+        factors = ShiftedFactors(team, G)
+        if (factor := factors.factor(0.0)) is not None:
+            found = _shift_inverted(team, factors, factor, rank, energy, largest)
             orthogonalize(team, outliers, found.V)
             yield replace(found, V=orthonormal(team, found.V)[0], outliers=outliers, solver="deflated-shift-invert")
-        del factor, G
+        del factor, factors, G
     R = torch.linalg.qr(M.transposed(team), mode="r").R
     least = float(R.diagonal().abs().max()) * torch.finfo(R.dtype).eps
     diagonal = R.diagonal()
@@ -476,18 +477,22 @@ def _largest_eigenvalue(team: Team, G: Tensor) -> float:
     return float(found.values[0])
 
 
-def _shift_inverted(team: Team, G: Tensor, factor: Cholesky, rank: int, energy: float, largest: float) -> _Candidates:
-    """Lanczos with `(G − μI)⁻¹`, μ just below the smallest eigenvalue of G; with `G⁻¹`, if G has none above rounding."""
-    start = random_block(G.shape[0], ESTIMATE_BLOCK, G)
-    most = min(G.shape[0], ESTIMATE_STEPS * ESTIMATE_BLOCK)
+def _shift_inverted(
+    team: Team, factors: ShiftedFactors, factor: Cholesky, rank: int, energy: float, largest: float
+) -> _Candidates:
+    """Lanczos with `(G − μI)⁻¹`, μ just below the smallest eigenvalue of G; with `G⁻¹`, if G has none above rounding.
+
+    `factor` is that of G.
+    """
+    start = random_block(factor.side, ESTIMATE_BLOCK, factor.like)
+    most = min(factor.side, ESTIMATE_STEPS * ESTIMATE_BLOCK)
     rough = block_lanczos(team, factor.solve, start, wanted=1, most=most, tolerance=TOLERANCE)
     smallest = 1.0 / float(rough.values[0])
     for share in (*SHIFTS, 0.0):
-        shifted = factor.reuse().copy_(G)
-        shifted.diagonal().sub_(share * smallest)
-        if (closer := Cholesky.of(team, shifted)) is not None:
+        if (closer := factors.factor(share * smallest)) is not None:
             factor = closer
             break
+    factor.take_upper()
     V, steps, _ = _inverted(team, factor, rank)
     return _Candidates(V, "shift-invert-lanczos", energy, largest=largest, steps=rough.steps + steps)
 
