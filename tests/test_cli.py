@@ -207,7 +207,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         begun.append(transform.weight.name)
         if len(begun) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-            assert told.wait(timeout=20)
+            assert told.wait(timeout=120)
         return begin(transform, device)
 
     def tell(run: engine._Run, failure: BaseException) -> None:

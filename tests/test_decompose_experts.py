@@ -377,7 +377,7 @@ def test_two_processes_make_the_bytes_of_one(
         "corda_convert",
     ]
     subprocess.run([*launch, *sharded, "-o", "out"], check=True, capture_output=True, cwd=tmp_path / "two", env=alone,
-                   timeout=120)  # fmt: skip
+                   timeout=600)  # fmt: skip
     assert comparable(tmp_path / "one" / "out")[0] == comparable(tmp_path / "two" / "out")[0]
 
 

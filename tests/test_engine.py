@@ -26,7 +26,7 @@ from corda_convert.plan.packing import pack
 
 CPU = torch.device("cpu")
 MAIN = "model.safetensors"
-TIMEOUT = 60
+TIMEOUT = 600
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def test_several_workers_write_the_same_bytes_and_record_the_facts_once(
 def test_the_steps_of_one_tensor_overlap_on_several_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps wait for each other: with one worker, or with steps one after the other, this would time out."""
     monkeypatch.setattr(packing, "BLOCK_ELEMENTS", 64)
-    meeting = threading.Barrier(2, timeout=20)
+    meeting = threading.Barrier(2, timeout=120)
 
     class Meeting(ScaleSession):
         def step(self, first_row: int, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:

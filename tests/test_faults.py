@@ -132,7 +132,7 @@ def disks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "sources": str(made.folder),
     }
     program = Path(__file__).with_name("small_disks.py")
-    done = subprocess.run([sys.executable, str(program), json.dumps(spec)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(program), json.dumps(spec)], capture_output=True, text=True, timeout=600)
     if done.returncode == 77:
         pytest.skip(f"this user may not mount: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr

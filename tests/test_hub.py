@@ -578,7 +578,7 @@ assert "torch" not in sys.modules
 print(json.dumps([made.url, made.commit]))
 """
     environment = hub.environment(tmp_path / "child", token="" if logged_in else None)
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=600)
     if logged_in:
         (made,) = hub.repositories[REPO].history()
         assert json.loads(done.stdout) == [f"{hub.endpoint}/{REPO}", made.oid]

@@ -46,7 +46,7 @@ def run(
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -163,7 +163,7 @@ def test_the_snippets_of_the_cards_run_on_what_was_published(published: Publishe
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     changes = json.loads(done.stdout.splitlines()[-1])
@@ -220,7 +220,7 @@ def test_without_a_token_nothing_is_computed(hub: Hub, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 1
     assert done.stderr.startswith("Error: ")

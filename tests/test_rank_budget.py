@@ -386,7 +386,7 @@ def test_several_processes_find_the_ranks_that_one_does(done: Command, tmp_path:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "corda_convert")
     command = [sys.executable, *launcher, *map(str, arguments), "-o", str(tmp_path / "two")]
     alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=alone)
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=alone)
     assert ran.returncode == 0, ran.stderr
     assert weight_files(tmp_path / "one") == weight_files(tmp_path / "two")
     one, two = (read_json(tmp_path / name / "corda_convert.json") for name in ("one", "two"))

@@ -80,7 +80,7 @@ def test_a_run_killed_anywhere_goes_on_and_ends_with_the_same_bytes(sharded: Pat
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1" if name == "decompose" else "2"},  # its forks cannot share threads
-        timeout=120 + 10 * KILLS,
+        timeout=600 + 10 * KILLS,
     )
     assert done.returncode == 0, done.stderr
     expected = comparable(tmp_path / "undisturbed1" / "out")

@@ -47,7 +47,7 @@ def start(hub: Hub, place: Path, inputs: Path, *options: str) -> subprocess.Pope
 
 def run(hub: Hub, place: Path, inputs: Path, *options: str) -> subprocess.CompletedProcess[str]:
     process = start(hub, place, inputs, *options)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -206,7 +206,7 @@ def test_two_processes_read_a_model_of_the_hub_and_publish_once(hub, inputs, exp
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Published ") == 1
