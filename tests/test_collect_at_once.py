@@ -106,6 +106,31 @@ def test_inputs_are_those_of_the_whole_model_in_the_order_of_the_batches(kind: s
         assert all(one.any() and torch.equal(one, other) for one, other in zip(found[name], each, strict=True))
 
 
+def _take_back(module: torch.nn.Module, _args: tuple[torch.Tensor, ...], _output: object) -> None:
+    time.sleep(0.01)
+    del module.kept
+
+
+def test_a_state_outside_the_blocks_that_another_batch_took_away_is_no_error(batches: list[Batch]) -> None:
+    given: list[list[torch.Tensor]] = []
+    for is_kept in (False, True):
+        architecture = build_architecture(read_checkpoint(MODEL))
+        if is_kept:
+            rotary = architecture.model.get_submodule("model.rotary_emb")
+            rotary.register_forward_pre_hook(_keep)
+            rotary.register_forward_hook(_take_back)
+        found: list[torch.Tensor] = []
+        with ModelThreads(CPU, len(batches)) as threads:
+            stream = LayerStream(architecture, batches, device=CPU, threads=threads)
+            stream.embed()
+            stream.run_block(0, lambda _, states, found=found: found.append(states.clone()))
+            assert (stream._at_once == 1) == is_kept
+            stream.close()
+        given.append(found)
+    assert len(given[0]) == len(batches)
+    assert all(torch.equal(plain, kept) for plain, kept in zip(*given, strict=True))
+
+
 @pytest.fixture
 def wide(tmp_path: Path) -> Path:
     """Wide enough for torch's products to depend on its threads."""

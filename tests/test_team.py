@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from corda_convert.linalg.threads import Team
+from corda_convert.linalg.threads import Team, take_threads
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -79,3 +79,25 @@ def test_inside_torch_takes_one_thread_and_outside_as_many_as_before() -> None:
         team.all(lambda _: seen.append(torch.get_num_threads()), range(50))
     assert set(seen) == {1}
     assert torch.get_num_threads() == before
+
+
+def test_a_thread_keeps_its_number_whatever_another_one_sets_before_it_computes() -> None:
+    before = torch.get_num_threads()
+    taken, may_go_on = threading.Event(), threading.Event()
+    seen: list[int] = []
+
+    def compute() -> None:
+        take_threads(2)
+        taken.set()
+        may_go_on.wait(60)
+        torch.ones(300_000).exp()
+        seen.append(torch.get_num_threads())
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    taken.wait(60)
+    torch.set_num_threads(3)
+    may_go_on.set()
+    thread.join()
+    torch.set_num_threads(before)
+    assert seen == [2]

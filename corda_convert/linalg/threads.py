@@ -28,6 +28,15 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def take_threads(count: int) -> None:
+    """So many of torch's threads for the thread that calls it.
+
+    Asked for their number first: torch would else give it, when it first computes, what any thread had set last.
+    """
+    torch.get_num_threads()
+    torch.set_num_threads(count)
+
+
 class Team:
     """As many threads as torch would take on a CPU, one on another device. Used in a with statement.
 
@@ -43,7 +52,7 @@ class Team:
     def __enter__(self) -> Team:
         self._stack.enter_context(one_thread())
         if self._size > 1:  # the thread that asks works, too
-            self._pool = ThreadPoolExecutor(self._size - 1, "linalg", initializer=torch.set_num_threads, initargs=(1,))
+            self._pool = ThreadPoolExecutor(self._size - 1, "linalg", initializer=take_threads, initargs=(1,))
             self._stack.enter_context(self._pool)
         return self
 

@@ -212,7 +212,9 @@ class LayerStream:
         with noted_state() as state:
             try:
                 ran = self._threads.each(run, places)
-            except UnsupportedInput:
+            except _NeedsEmbedding:
+                raise
+            except Exception:  # a module outside the block may lack what another batch took away
                 if not state:
                     raise
         return None if state else ran

@@ -38,11 +38,10 @@ class ModelThreads:
         self._pool: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> ModelThreads:
-        import torch
+        from corda_convert.linalg.threads import take_threads
 
         if self.at_once > 1:
-            set_threads = torch.set_num_threads
-            self._pool = ThreadPoolExecutor(self.at_once, "model", initializer=set_threads, initargs=(self._each,))
+            self._pool = ThreadPoolExecutor(self.at_once, "model", initializer=take_threads, initargs=(self._each,))
         return self
 
     def __exit__(self, *_: object) -> None:
