@@ -685,6 +685,29 @@ def test_the_cache_that_was_decomposed_from_is_compared_and_its_factors_are_made
     assert ran.status == 1 and "are not of the same modules: only one has" in ran.out
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_factors_of_a_cache_are_right_as_far_as_its_dtype_goes(
+    made: Callable[[str], Path], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    vectors = torch.load(cache_of(made, "decompose --from-cache")["init"][0], weights_only=True)
+    for name in [name for name in vectors if name.endswith("S_WC")]:  # with roots that are no whole numbers
+        values = torch.rand(vectors[name].shape, generator=generator) + 0.5
+        vectors[name] *= values.square()
+        for other in ("U_WC", "V_WC"):
+            vectors[name.replace("S_WC", other)] /= values
+    cache = tmp_path / "cache.pt"
+    torch.save({name: tensor.to(dtype) for name, tensor in vectors.items()}, cache)
+    decompose_from_cache(MODEL, cache=cache, output=tmp_path / "made", options=CacheOptions("kpm", 7.0, rslora=True))
+    options = VerifyOptions(against=MODEL, init=[cache], sample=None)
+    found = verify(tmp_path / "made", options=options)
+    assert found.is_fine and found.facts["recomputed"]["kinds"]["factors"]["checked"] == len(vectors) // 3
+    entry = vectors[next(name for name in vectors if name.endswith("V_WC"))]
+    entry.view(-1)[entry.abs().argmax()] *= 1 + 16 * torch.finfo(dtype).eps
+    torch.save({name: tensor.to(dtype) for name, tensor in vectors.items()}, cache)
+    assert any("(factors) is wrong" in problem for problem in problems(verify(tmp_path / "made", options=options)))
+
+
 def test_a_sample_of_nothing_is_wrong_usage(made: Callable[[str], Path], command: Command) -> None:
     ran = command("verify", made("merge"), "--sample", "all", "--seed", "3")
     assert ran.status == 2
