@@ -37,6 +37,7 @@ from corda_convert.operations.decompose import DecomposeOptions
 from corda_convert.operations.from_cache import CacheOptions, decompose_from_cache
 from corda_convert.operations.to_lora import ToLoraOptions
 from corda_convert.operations.verify import Verification, VerifyOptions, verify
+from corda_convert.operations.verify_ulps import Exact, measure
 
 Command = Callable[..., Ran]
 
@@ -706,6 +707,26 @@ def test_factors_of_a_cache_are_right_as_far_as_its_dtype_goes(
     entry.view(-1)[entry.abs().argmax()] *= 1 + 16 * torch.finfo(dtype).eps
     torch.save({name: tensor.to(dtype) for name, tensor in vectors.items()}, cache)
     assert any("(factors) is wrong" in problem for problem in problems(verify(tmp_path / "made", options=options)))
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected", "is_right"),
+    [
+        ("nan", "1", False),
+        ("1", "nan", False),
+        ("inf", "1", False),
+        ("inf", "-inf", False),
+        ("nan", "nan", True),
+        ("inf", "inf", True),
+    ],
+)
+@pytest.mark.parametrize(("loss", "roundings"), [(0.0, 1), (0.0, 2), (1e-7, 0)])
+def test_nan_is_no_rounding_of_a_number(
+    stored: str, expected: str, is_right: bool, loss: float, roundings: int
+) -> None:
+    values = torch.tensor([1.0, float(expected)], dtype=torch.float64)
+    found = measure(torch.tensor([1.0, float(stored)]), Exact(values, values.abs(), loss, roundings), "F32")
+    assert found.is_right == is_right
 
 
 def test_a_sample_of_nothing_is_wrong_usage(made: Callable[[str], Path], command: Command) -> None:

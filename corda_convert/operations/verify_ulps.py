@@ -80,11 +80,13 @@ def measure(stored: Tensor, exact: Exact, dtype: str) -> Measured:
     if not exact.values.numel():
         return Measured()
     unit = last_place(exact.values.abs(), dtype)
-    error = (stored.double() - exact.values).abs()
+    found = stored.double()
+    is_same = (found == exact.values) | (found.isnan() & exact.values.isnan())
+    error = torch.where(is_same, 0.0, (found - exact.values).abs())
     allowed = 0.5 * exact.roundings * unit * (1 + 1e-9) + exact.loss * exact.sizes
     if exact.roundings > 1:
         allowed += exact.roundings * last_place(exact.sizes, dtype)
-    share = torch.where(error > 0, error / allowed, 0.0).max()
+    share = torch.where(is_same, 0.0, error / allowed).max()
     counted = exact.values.abs() >= CANCELLED * exact.sizes
     ulps = torch.where(counted, error / unit, 0.0).max()
     finite = bool(torch.isfinite(share))
