@@ -452,16 +452,16 @@ def _bottom_tries(team: Team, M: WeightedMatrix, rank: int) -> Iterator[_Candida
     largest = _largest_eigenvalue(team, G)
     factors = ShiftedFactors(team, G)
     if (factor := factors.factor(0.0)) is not None:
-        yield _shift_inverted(team, factors, factor, rank, energy, largest)
+        yield from _shift_inverted(team, factors, factor, rank, energy, largest)
     del factor, factors, G
     outliers, beside = _outliers(team, M)
     if outliers.shape[1] > 0:
         G = gram(team, replace(M, outliers=outliers).transposed(team)).addmm_(outliers, outliers.T, alpha=beside)
         factors = ShiftedFactors(team, G)
         if (factor := factors.factor(0.0)) is not None:
-            found = _shift_inverted(team, factors, factor, rank, energy, largest)
-            orthogonalize(team, outliers, found.V)
-            yield replace(found, V=orthonormal(team, found.V)[0], outliers=outliers, solver="deflated-shift-invert")
+            for found in _shift_inverted(team, factors, factor, rank, energy, largest):
+                orthogonalize(team, outliers, found.V)
+                yield replace(found, V=orthonormal(team, found.V)[0], outliers=outliers, solver="deflated-shift-invert")
         del factor, factors, G
     R = torch.linalg.qr(M.transposed(team), mode="r").R
     least = float(R.diagonal().abs().max()) * torch.finfo(R.dtype).eps
@@ -479,22 +479,21 @@ def _largest_eigenvalue(team: Team, G: Tensor) -> float:
 
 def _shift_inverted(
     team: Team, factors: ShiftedFactors, factor: Cholesky, rank: int, energy: float, largest: float
-) -> _Candidates:
+) -> Iterator[_Candidates]:
     """Lanczos with `(G − μI)⁻¹`, μ just below the smallest eigenvalue of G; with `G⁻¹`, if G has none above rounding.
 
-    `factor` is that of G.
+    `factor` is that of G. Gives nothing where no shifted G has a factor, not even that of 0, which rounding may take away.
     """
     start = random_block(factor.side, ESTIMATE_BLOCK, factor.like)
     most = min(factor.side, ESTIMATE_STEPS * ESTIMATE_BLOCK)
     rough = block_lanczos(team, factor.solve, start, wanted=1, most=most, tolerance=TOLERANCE)
     smallest = 1.0 / float(rough.values[0])
-    for share in (*SHIFTS, 0.0):
-        if (closer := factors.factor(share * smallest)) is not None:
-            factor = closer
-            break
-    factor.take_upper()
-    V, steps, _ = _inverted(team, factor, rank)
-    return _Candidates(V, "shift-invert-lanczos", energy, largest=largest, steps=rough.steps + steps)
+    for shift in (*(share * smallest for share in SHIFTS), 0.0):
+        if (closer := factors.factor(shift)) is not None:
+            closer.take_upper()
+            V, steps, _ = _inverted(team, closer, rank)
+            yield _Candidates(V, "shift-invert-lanczos", energy, largest=largest, steps=rough.steps + steps)
+            return
 
 
 def _inverted(team: Team, factor: Cholesky, rank: int) -> tuple[Tensor, int, float]:
