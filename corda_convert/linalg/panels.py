@@ -155,6 +155,16 @@ def gram(team: Team, A: Tensor) -> Tensor:
     return G
 
 
+def _copy_triangle(team: Team, A: Tensor) -> None:
+    """Makes the blocks below those on the diagonal of a square matrix the transposed ones above it."""
+
+    def copy(place: tuple[slice, slice]) -> None:
+        rows, columns = place
+        A[rows, columns] = A[columns, rows].T
+
+    team.all(copy, [(i, j) for i, j in lower_tiles(A.shape[0], TILE) if i != j])
+
+
 class Cholesky:
     """`G = L Lᵀ` of a symmetric float64 matrix, which is overwritten, for solving with it again and again."""
 
@@ -183,13 +193,9 @@ class Cholesky:
             inverse = _inverse_of_lower(L[block, block])
             inverses[place] = (inverse.contiguous(), inverse.T.contiguous())
 
-        def mirror(place: tuple[slice, slice]) -> None:
-            rows, columns = place
-            L[columns, rows] = L[rows, columns].T
-
         self._team.all(invert, range(len(self._blocks)))
         if not self._keeps_upper:
-            self._team.all(mirror, [(i, j) for i, j in lower_tiles(self.side, TILE) if i != j])
+            _copy_triangle(self._team, L.T)
         self._inverses = [inverses[place] for place in range(len(self._blocks))]
 
     @classmethod
@@ -253,13 +259,8 @@ class ShiftedFactors:
             shifted = G.clone()
             shifted.diagonal().sub_(shift)
             return Cholesky.of(self._team, shifted)
-
-        def mirror(place: tuple[slice, slice]) -> None:
-            rows, columns = place
-            G[rows, columns] = G[columns, rows].T
-
         if not self._is_whole:
-            self._team.all(mirror, [(i, j) for i, j in lower_tiles(G.shape[0], TILE) if i != j])
+            _copy_triangle(self._team, G)
         self._is_whole = False
         for block, corner in zip(self._blocks, self._corners, strict=True):
             G[block, block] = corner

@@ -74,12 +74,14 @@ def _distinct(refs: dict[str, TensorRef]) -> tuple[dict[str, TensorRef], dict[st
     """The first of those that have the same bits, and whose the others are. Raises `NotFinite`."""
     import torch
 
+    from corda_convert.linalg.finite import is_finite
+
     first: dict[tuple[tuple[int, ...], str, bytes], str] = {}
     distinct: dict[str, TensorRef] = {}
     aliases: dict[str, str] = {}
     for module, ref in refs.items():
         values = read_tensor(ref)
-        if not bool(torch.isfinite(values).all()):
+        if not is_finite(values):
             raise NotFinite(
                 f"{ref.name} in {ref.file.path} holds NaN or Inf.",
                 why="The calibration ran over a float16 range, or the file is damaged.",

@@ -122,6 +122,8 @@ class InputStatistics:
         """Float32 (width, width) on the CPU; with `normalization` peft the sum over the number of samples."""
         import torch
 
+        from corda_convert.linalg.finite import is_finite
+
         divisor = samples if self.normalization == "peft" else 1
         cpu = torch.device("cpu")
         if self._total.device == cpu:
@@ -133,8 +135,7 @@ class InputStatistics:
         covariance = self._group if is_free else self.spare.take((self.width, self.width), torch.float32, cpu)
         symmetric(self.team, upper, covariance, divisor)
         self.spare.give(self._total)
-        least, most = torch.aminmax(covariance)  # a NaN shows in both
-        if not bool(torch.isfinite(least) & torch.isfinite(most)):
+        if not is_finite(covariance):
             raise NotFinite(
                 f"The covariance of {self.name} leaves float32's range.",
                 next_step="Divide samples by their largest entry with --normalize peft.",

@@ -360,13 +360,12 @@ class LayerStream:
         self.weights.fill(names_of(self._model.named_modules())[id(self._embedding)], self._embedding)
 
     def _check_finite(self, output: Tensor, name: str, place: int) -> None:
-        import torch
+        from corda_convert.linalg.finite import is_finite
 
-        low, high = torch.aminmax(output)  # a NaN shows in both
-        if bool(torch.isfinite(low) & torch.isfinite(high)):
+        if is_finite(output):
             return
         samples = self.batches[place].numbers
-        row = next((row for row, states in enumerate(output) if not bool(torch.isfinite(states).all())), 0)
+        row = next((row for row, states in enumerate(output) if not is_finite(states)), 0)
         raise NotFinite(
             f"{name} gives NaN or Inf for sample {samples[row]}.",
             why="The model is damaged, or its numbers leave the range of the dtype.",
