@@ -1,6 +1,7 @@
 """Collecting covariances: `corda-convert collect` against PEFT's own, on the same model and samples. See README.md.
 
 python benchmarks/collect.py
+python benchmarks/collect.py --shape llama-2-7b --layers 4
 python benchmarks/collect.py --device cuda --shape llama-2-7b --samples 256
 """
 
@@ -33,7 +34,7 @@ def main() -> None:
     arguments = _arguments()
     arguments.work.mkdir(parents=True, exist_ok=True)
     tokens = str(arguments.samples * arguments.seq_len)
-    made = run_helper("collect_inputs.py", arguments.work, arguments.shape, tokens)
+    made = run_helper("collect_inputs.py", arguments.work, arguments.shape, arguments.layers, tokens)
     folder = Path(made["model"]).parent
     read_once(sorted(Path(made["model"]).glob("*.safetensors")))
     outputs = {"ours": folder / "ours.safetensors", "peft": folder / "peft" / "cov.pt"}
@@ -92,6 +93,7 @@ def _peft(made: dict[str, str], output: Path, arguments: argparse.Namespace) -> 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="small", choices=("small", "tinyllama", "llama-2-7b"))
+    parser.add_argument("--layers", type=int, default=0, help="so many layers of that shape (default: all)")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--device", default="cpu")

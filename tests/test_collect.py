@@ -289,8 +289,11 @@ def test_a_part_that_was_damaged_is_collected_again(
     with monkeypatch.context() as patch:
         patch.setattr(operation, "_seal", stop)
         assert command(*arguments(output)).status == 130
-    part = next(tmp_path.glob(".covs*/part-00002.safetensors"))
-    part.write_bytes(part.read_bytes()[:-1] + b"?")
+    (note,) = (json.loads(path.read_text()) for path in tmp_path.glob(".covs*/part-00002.json"))
+    draft = next(tmp_path.glob(".covs*/draft-00001.safetensors"))
+    with draft.open("r+b") as stream:
+        stream.seek(note["tensors"][0][-1])
+        stream.write(b"?")
     done(*arguments(output))
     assert output.read_bytes() == (tmp_path / "straight.safetensors").read_bytes()
 
@@ -400,14 +403,19 @@ def test_python_gives_the_receipt(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("width", [40, 512, 1100])
 def test_half_of_a_product_is_the_whole_one(width: int, dtype: torch.dtype) -> None:
-    from corda_convert.linalg.gram import add_gram, is_exact_in_bfloat16, symmetric
+    from corda_convert.linalg.bfloat16_gram import add_gram_of_columns, columns_of
+    from corda_convert.linalg.gram import add_gram, symmetric
     from corda_convert.linalg.threads import Team
 
     rows = torch.randn(300, width, generator=torch.Generator().manual_seed(width)).to(dtype)
     upper, whole = torch.full((width, width), torch.nan), torch.empty(width, width)
     with Team(upper.device) as team:
         for is_first in (True, False):
-            add_gram(team, upper, rows.float(), 0.5, are_bfloat16=is_exact_in_bfloat16(rows), is_first=is_first)
+            if dtype == torch.float32:
+                add_gram(team, upper, rows, 0.5, is_first=is_first)
+            else:
+                columns = columns_of(team, rows, torch.empty(width, 300))
+                add_gram_of_columns(team, columns, 0.5, group=upper, is_first=is_first)
         symmetric(team, upper, whole, 4)
     upper = whole
     expected = 0.25 * rows.double().T @ rows.double()

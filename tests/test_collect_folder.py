@@ -10,7 +10,7 @@ from building import FIXTURES, MODEL, read_json
 from safetensors.torch import load_file
 
 from corda_convert.errors import OutputRefused
-from corda_convert.operations import collect_work, collect_writing
+from corda_convert.operations import collect_job, collect_work, collect_writing
 from corda_convert.operations.inspect import inspect
 from corda_convert.operations.verify import VerifyOptions, verify
 from corda_convert.output import staging
@@ -116,12 +116,33 @@ def test_a_write_that_fails_beside_the_next_part_ends_the_run(
     class Failing(collect_work.ShardWriter):
         def write(self, offset: int, view: memoryview) -> None:
             written.append(self.path.name)
-            if self.path.name == "part-00003.safetensors":
+            if self.path.name == "draft-00003.safetensors":
                 raise OutputRefused("The disk is full.")
             super().write(offset, view)
 
     monkeypatch.setattr(collect_work, "ShardWriter", Failing)
     ran = command(*MADE["collected"], "-o", tmp_path / "covs")
     assert (ran.status, "The disk is full." in ran.err) == (1, True)
-    assert max(written) == "part-00003.safetensors"
+    assert max(written) == "draft-00003.safetensors"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("output", ["covs.safetensors", "covs"])
+def test_a_header_larger_than_its_room_is_written_before_a_copy(
+    output: str, done: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "a"
+    done(*MADE["collected"], "-o", folder / output)
+    monkeypatch.setattr(collect_job, "MOST_HEADER", 512)
+    done(*MADE["collected"], "-o", tmp_path / "b" / output)
+    files = [path.relative_to(folder) for path in folder.rglob("*.safetensors")]
+    assert len(files) == (1 if output.endswith(".safetensors") else 3)
+    for file in files:
+        one, other = (load_file(parent / file) for parent in (folder, tmp_path / "b"))
+        assert {name: values.tolist() for name, values in one.items()} == {
+            name: values.tolist() for name, values in other.items()
+        }
+        sizes = [len(parent.joinpath(file).read_bytes()) for parent in (folder, tmp_path / "b")]
+        assert sizes[1] < sizes[0]
+    if output == "covs":
+        assert verify(tmp_path / "b" / output).is_fine

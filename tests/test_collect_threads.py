@@ -27,13 +27,28 @@ def as_many_threads_as_before() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def summed(inputs: torch.Tensor, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
+def summed(
+    inputs: torch.Tensor, precision: Precision, *, groups: int = 1, is_told: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """In groups of so many samples; `is_told` says which is the last one of each."""
     with Team(CPU) as team:
         sums = InputStatistics("layer", inputs.shape[-1], CPU, "peft", precision, team, Spare())
-        for sample in inputs.split(1):
-            sums.add(sample, (0,))
-            sums.end_group()
+        for place, sample in enumerate(inputs.split(1), 1):
+            is_last = place % groups == 0 or place == len(inputs)
+            sums.add(sample, (0,), ends_group=is_told and is_last)
+            if is_last:
+                sums.end_group()
         return sums.covariance(len(inputs)), sums.mean_abs()
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_it_does_not_matter_when_a_group_is_added(groups: int, dtype: torch.dtype, precision: Precision) -> None:
+    inputs = torch.randn(5, 300, 700, generator=torch.Generator().manual_seed(groups)).to(dtype)
+    later, now = (summed(inputs, precision, groups=groups, is_told=is_told) for is_told in (False, True))
+    assert torch.equal(later[0], now[0])
+    assert torch.equal(later[1], now[1])
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])

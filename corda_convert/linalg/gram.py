@@ -6,9 +6,8 @@ On a CPU each block is computed by one thread, so that the bits do not depend on
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -75,13 +74,12 @@ def add_gram(
     rows: Tensor,
     factor: float = 1.0,
     *,
-    are_bfloat16: bool = False,
     is_first: bool = False,
 ) -> None:
     """Adds `factor · XᵀX` of `rows` (n, d) to the blocks of `upper` (d, d) on and above its diagonal.
 
-    With `is_first` it takes the place of what is there. Products of two bfloat16 numbers are exact in float32, in which
-    they are summed. On CUDA such rows are given as they are (float16 ones, too), on the CPU as float32 with `are_bfloat16`.
+    With `is_first` it takes the place of what is there. On CUDA rows of 16 bits are given as they are: their products are
+    exact in float32, in which they are summed.
     """
     import torch
 
@@ -96,8 +94,7 @@ def add_gram(
         else:
             block.addmm_(left, right, alpha=factor, beta=0 if is_first else 1)
 
-    with _bfloat16_products() if are_bfloat16 else nullcontext():
-        team.all(add, _blocks(upper))
+    team.all(add, _blocks(upper))
 
 
 def add_group(team: Team, total: Tensor, group: Tensor, *, is_first: bool) -> None:
@@ -153,28 +150,6 @@ def is_exact_as_given(rows: Tensor) -> bool:
 
     major, minor = (int(part) for part in torch.__version__.split(".")[:2])
     return rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16) and (major, minor) >= (2, 8)
-
-
-def is_exact_in_bfloat16(rows: Tensor) -> bool:
-    """Whether the CPU can multiply these rows as bfloat16 with float32 sums: where torch lets oneDNN do so."""
-    import torch
-
-    is_known = hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision")
-    return rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and is_known
-
-
-@contextmanager
-def _bfloat16_products() -> Iterator[None]:
-    """Products of float32 matrices inside are taken of their entries as bfloat16, which they are; sums stay float32."""
-    import torch
-
-    switch: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined,unused-ignore]
-    before = switch.fp32_precision
-    switch.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        switch.fp32_precision = before
 
 
 def symmetric(team: Team, upper: Tensor, whole: Tensor, divisor: int = 1) -> None:

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from corda_convert.checkpoint.dequantized import dequantized
 from corda_convert.checkpoint.folder import read_checkpoint
 from corda_convert.checkpoint.quantized import quantization_of
-from corda_convert.checkpoint.safetensors_file import SafetensorsFile
-from corda_convert.checkpoint.tensors import TensorRef
+from corda_convert.checkpoint.tensors import TensorSpec
 from corda_convert.corpus import read_corpus
 from corda_convert.corpus.options import check_token_ids, limited_seq_len
 from corda_convert.corpus.tokenizers import read_tokenizer
@@ -29,11 +28,11 @@ from corda_convert.operations.collect_stage import Stage
 from corda_convert.operations.collect_targets import Wanted, wanted_inputs
 from corda_convert.operations.collect_work import Finished, Work, working
 from corda_convert.operations.collect_writing import (
-    OutputTensor,
+    Draft,
     Sealing,
     check_covariance_output,
     metadata_of,
-    write_covariances,
+    seal_drafts,
 )
 from corda_convert.operations.experts_targets import OUTWARD
 from corda_convert.operations.options import RunOptions
@@ -87,7 +86,7 @@ def collect(
             _run(job, None)
             run.ranks.exchange(None)
             return Collected(job.output, job.receipt(), ())
-        with working(job.output, job.identity(), overwrite=run.overwrite) as work:
+        with working(job.output, job.identity(), overwrite=run.overwrite, room=job.room()) as work:
             finished = _run(job, work)
             receipt = _seal(job, work, finished, begun)
             run.ranks.exchange(None)
@@ -220,7 +219,7 @@ class _Runner:
             run(_Ticking(stage, self._tick))
         result = stage.finish(job.samples, ranks)
         if finished is None:
-            finished = Finished(Path(), result.aliases, result.tokens)
+            finished = Finished((), result.aliases, result.tokens)
             if self._work is not None:
                 finished = self._work.keep(number, result)  # after what was being written before
                 self._spare.give(*self._being_written)
@@ -284,8 +283,11 @@ def _unreached_experts(job: CollectJob, tokens: Mapping[str, int]) -> list[str]:
 def _seal(job: CollectJob, work: Work, parts: Sequence[Finished], begun: float) -> dict[str, Any]:
     """Puts the parts together as the output. Returns the receipt."""
     work.wait()
-    files = [SafetensorsFile(part.path) for part in parts]
-    tensors = [OutputTensor(spec.name, TensorRef(file, spec)) for file in files for spec in file.specs.values()]
+    files: dict[int, list[TensorSpec]] = {}
+    for part in parts:
+        for tensor in part.tensors:
+            files.setdefault(tensor.file, []).append(tensor.spec)
+    drafts = [Draft(work.draft(file), tuple(specs), job.room().header) for file, specs in files.items()]
     aliases = {name: target for part in parts for name, target in part.aliases.items()}
     tokens = {name: count for part in parts for name, count in part.tokens.items()}
     partial = {name: count for name, count in tokens.items() if count != job.corpus.tokens}
@@ -312,9 +314,4 @@ def _seal(job: CollectJob, work: Work, parts: Sequence[Finished], begun: float) 
     }
     licence = licence_of(job.checkpoint.root)
     sealing = Sealing(facts, "collected", tokens, lambda: usage(begun, job.device, job.run.ranks.place.size), licence)
-    receipt = write_covariances(
-        job.output, tensors, metadata, sealing, work=work.folder, max_shard_bytes=job.options.max_shard_bytes
-    )
-    for file in files:
-        file.close()
-    return receipt
+    return seal_drafts(job.output, drafts, metadata, sealing, work=work.folder)

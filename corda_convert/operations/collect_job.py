@@ -14,6 +14,8 @@ from corda_convert.errors import some
 from corda_convert.operations.collect_options import CollectOptions
 from corda_convert.operations.collect_receipt import receipt_head
 from corda_convert.operations.collect_targets import Wanted
+from corda_convert.operations.collect_work import Room
+from corda_convert.operations.collect_writing import is_one_file
 from corda_convert.operations.covariance_warnings import TOKENS_PER_INPUT
 from corda_convert.operations.options import RunOptions
 from corda_convert.operations.remote_inputs import stamp
@@ -31,6 +33,14 @@ GROUPS = 8
 
 GROUP_TOKENS = 16_384
 """The most tokens of a group, unless one batch has more."""
+
+BYTES_OF_ENTRIES, BYTES_OF_METADATA = 320, 2048
+"""What a header tells of a matrix and of its mean absolute inputs beside their names, and of the file, at most."""
+
+PAGE = 4096
+
+MOST_HEADER = 64 << 20
+"""safetensors reads headers of up to 100 MB. A larger one is written with a copy of the tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +78,19 @@ class CollectJob:
             groups[-1].append(place)
             tokens += batch.tokens
         return groups
+
+    def room(self) -> Room:
+        """How the output is laid out before it is known which inputs are the same: with room for as many tensors as can be."""
+        names = [*self.wanted.widths]
+        for stack, module in self.wanted.stacks.items():
+            owner, _, parameter = stack.rpartition(".")
+            each = self.options.experts == "each"
+            count = module._parameters[parameter].shape[0]
+            names += [f"{owner}.{expert}.{parameter}" for expert in range(count)] if each else [stack]
+        told = len(json.dumps([self.checkpoint.name, self.corpus.description]))
+        needed = 2 * told + sum(5 * len(json.dumps(name)) + BYTES_OF_ENTRIES for name in names)
+        header = -(-(BYTES_OF_METADATA + needed) // PAGE) * PAGE
+        return Room(min(header, MOST_HEADER), None if is_one_file(self.output) else self.options.max_shard_bytes)
 
     def identity(self) -> dict[str, str]:
         """Digests of all that the bytes depend on, by what they are of."""
@@ -141,7 +164,6 @@ class CollectJob:
             "host_bytes": {"hidden_states": 0 if is_offloaded else states, "being_written_at_most": sums // 3},
             "disk_bytes": {
                 "output_at_most": matrices,
-                "work_at_most": matrices,
                 "offload": states if is_offloaded else 0,
             },
         }

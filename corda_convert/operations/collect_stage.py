@@ -135,7 +135,8 @@ class Stage:
         if sums is None:
             sums = self._sums[name] = self._new(name, width)
         with one_thread():  # the model may be running on several
-            sums.add(inputs.detach().reshape(count, -1, width), batch.numbers)
+            rows = inputs.detach().reshape(count, -1, width)
+            sums.add(rows, batch.numbers, ends_group=self._place in self._group_ends)
 
     def _new(self, name: str, width: int) -> InputStatistics:
         options = self._options

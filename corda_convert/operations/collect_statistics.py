@@ -6,15 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from corda_convert.errors import NotFinite
-from corda_convert.linalg.gram import (
-    Spare,
-    add_absolute,
-    add_gram,
-    add_group,
-    is_exact_as_given,
-    is_exact_in_bfloat16,
-    symmetric,
-)
+from corda_convert.linalg.bfloat16_gram import add_gram_of_columns, columns_of, is_exact_in_bfloat16
+from corda_convert.linalg.gram import Spare, add_absolute, add_gram, add_group, is_exact_as_given, symmetric
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +43,7 @@ class InputStatistics:
     team: Team
     spare: Spare
     tokens: int = 0
-    _group: Tensor = field(init=False)
+    _group: Tensor | None = field(init=False, default=None)
     _total: Tensor = field(init=False)
     _absolute: Tensor = field(init=False)
     _is_group_empty: bool = field(init=False, default=True)
@@ -61,52 +54,90 @@ class InputStatistics:
 
         shape = (self.width, self.width)
         self._total = self.spare.take(shape, torch.float64, self.device)
-        is_double = self.precision == "float64"
-        self._group = self._total if is_double else self.spare.take(shape, torch.float32, self.device)
         self._absolute = torch.zeros(self.width, dtype=torch.float64, device=self.device)
 
-    def add(self, inputs: Tensor, numbers: tuple[int, ...]) -> None:
-        """Adds samples (samples, tokens, width), whose numbers are for messages. Raises `NotFinite`."""
+    def add(self, inputs: Tensor, numbers: tuple[int, ...], *, ends_group: bool = False) -> None:
+        """Adds samples (samples, tokens, width), whose numbers are for messages. Raises `NotFinite`.
+
+        `ends_group` says that the group has no more of them: `end_group` then finds its sum added already, where that is
+        faster.
+        """
         import torch
 
         if not inputs.numel():
             return
-        peaks = self._peaks(inputs, numbers)
         self.tokens += inputs.shape[0] * inputs.shape[1]
+        if self.precision == "float32" and inputs.shape[1] >= LEAST_ROWS and is_exact_in_bfloat16(inputs):
+            for place, (number, sample) in enumerate(zip(numbers, inputs, strict=True)):
+                self._add_bfloat16(sample, number, ends_group=ends_group and place == len(inputs) - 1)
+            return
+        peaks = self._peaks(inputs, numbers)
         if self.precision == "float32" and is_exact_as_given(inputs):
             self._absolute += inputs.flatten(0, 1).abs().sum(dim=0, dtype=torch.float32)
             for sample, peak in zip(inputs, peaks, strict=True):
                 self._add_gram(sample, peak**-2)
             return
         rows = self._converted(inputs)
-        if self.precision == "float32" and inputs.shape[1] >= LEAST_ROWS and is_exact_in_bfloat16(inputs):
-            for sample, peak in zip(rows, peaks, strict=True):
-                self._add_gram(sample, peak**-2, are_bfloat16=True)
-        elif self.normalization == "peft":
+        if self.normalization == "peft":
             self._add_gram((rows / rows.new_tensor(peaks).view(-1, 1, 1)).flatten(0, 1))
         else:
             self._add_gram(rows.flatten(0, 1))
 
-    def _add_gram(self, rows: Tensor, factor: float = 1.0, *, are_bfloat16: bool = False) -> None:
+    def _add_bfloat16(self, sample: Tensor, number: int, *, ends_group: bool) -> None:
+        import torch
+
+        tokens, width = sample.shape
+        columns = columns_of(self.team, sample, self.spare.rows((width, tokens), torch.float32, self.device))
+        peak = self._peak(number, columns.least, columns.most)
+        self._absolute += columns.absolute
         is_first = self._is_group_empty
-        add_gram(self.team, self._group, rows, factor, are_bfloat16=are_bfloat16, is_first=is_first)
+        add_gram_of_columns(
+            self.team,
+            columns,
+            peak**-2,
+            group=None if ends_group and is_first else self._sum_of_group(),
+            is_first=is_first,
+            total=self._total if ends_group else None,
+            is_total_first=self._is_total_empty,
+        )
+        self._is_group_empty = ends_group
+        self._is_total_empty = self._is_total_empty and not ends_group
+
+    def _add_gram(self, rows: Tensor, factor: float = 1.0) -> None:
+        add_gram(self.team, self._sum_of_group(), rows, factor, is_first=self._is_group_empty)
         self._is_group_empty = False
+
+    def _sum_of_group(self) -> Tensor:
+        """(width, width), with undefined values at first."""
+        import torch
+
+        if self._group is None:
+            is_double = self.precision == "float64"
+            shape = (self.width, self.width)
+            self._group = self._total if is_double else self.spare.take(shape, torch.float32, self.device)
+        return self._group
 
     def _converted(self, inputs: Tensor) -> Tensor:
         """The inputs in the dtype of the sums. Their absolute values are added on the way."""
-        if inputs.dtype == self._group.dtype:
+        if inputs.dtype == self._dtype():
             add_absolute(self.team, self._absolute, inputs.flatten(0, 1))
             return inputs
-        rows = self.spare.rows(tuple(inputs.shape), self._group.dtype, self.device)
+        rows = self.spare.rows(tuple(inputs.shape), self._dtype(), self.device)
         add_absolute(self.team, self._absolute, inputs.flatten(0, 1), rows.flatten(0, 1))
         return rows
+
+    def _dtype(self) -> torch.dtype:
+        """That of the products."""
+        import torch
+
+        return torch.float64 if self.precision == "float64" else torch.float32
 
     def end_group(self) -> None:
         """Adds the group's sum to the total."""
         if self._is_group_empty:
             return
-        if self._group is not self._total:
-            add_group(self.team, self._total, self._group, is_first=self._is_total_empty)
+        if (group := self._sum_of_group()) is not self._total:
+            add_group(self.team, self._total, group, is_first=self._is_total_empty)
             self._is_group_empty = True
         self._is_total_empty = False
 
@@ -131,8 +162,10 @@ class InputStatistics:
         else:
             self._total /= divisor
             upper, divisor = self._total.to(cpu, torch.float32), 1
-        is_free = self._group is not self._total and self._group.device == cpu
-        covariance = self._group if is_free else self.spare.take((self.width, self.width), torch.float32, cpu)
+        group = self._group
+        if group is None or group is self._total or group.device != cpu:
+            group = self.spare.take((self.width, self.width), torch.float32, cpu)
+        covariance = group
         symmetric(self.team, upper, covariance, divisor)
         self.spare.give(self._total)
         if not is_finite(covariance):
@@ -148,24 +181,28 @@ class InputStatistics:
 
     def _peaks(self, inputs: Tensor, numbers: tuple[int, ...]) -> list[float]:
         """By what each sample is divided: PEFT takes the absolute value of the largest entry. A sample of zeros stays."""
-        import math
-
         import torch
 
         peaks = []
         for number, sample in zip(numbers, inputs, strict=True):
-            least, most = (float(bound) for bound in torch.aminmax(sample))  # a NaN shows in both
-            if not (math.isfinite(least) and math.isfinite(most)):
-                raise NotFinite(
-                    f"The input of {self.name} holds NaN or Inf for sample {number}.",
-                    why="The model is damaged, or its numbers leave the range of the dtype.",
-                    next_step="Try --dtype float32, or bfloat16 instead of float16.",
-                )
-            if self.normalization == "peft" and most == 0.0 and least < 0.0:
-                raise NotFinite(
-                    f"The largest entry of the input of {self.name} is zero for sample {number}, and PEFT's normalization "
-                    "divides by it.",
-                    next_step="Collect with --normalize none.",
-                )
-            peaks.append(abs(most) if self.normalization == "peft" and most != 0.0 else 1.0)
+            least, most = (float(bound) for bound in torch.aminmax(sample))
+            peaks.append(self._peak(number, least, most))
         return peaks
+
+    def _peak(self, number: int, least: float, most: float) -> float:
+        """The same of one sample, by the bounds of its entries: a NaN shows in both."""
+        import math
+
+        if not (math.isfinite(least) and math.isfinite(most)):
+            raise NotFinite(
+                f"The input of {self.name} holds NaN or Inf for sample {number}.",
+                why="The model is damaged, or its numbers leave the range of the dtype.",
+                next_step="Try --dtype float32, or bfloat16 instead of float16.",
+            )
+        if self.normalization == "peft" and most == 0.0 and least < 0.0:
+            raise NotFinite(
+                f"The largest entry of the input of {self.name} is zero for sample {number}, and PEFT's normalization "
+                "divides by it.",
+                next_step="Collect with --normalize none.",
+            )
+        return abs(most) if self.normalization == "peft" and most != 0.0 else 1.0

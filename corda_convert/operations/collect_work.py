@@ -1,22 +1,44 @@
-"""Where `collect` keeps what it has finished: a hidden folder beside the output, a file for each part of the model."""
+"""Where `collect` keeps what it has finished: a hidden folder beside the output, with the output's files as far as they are.
+
+Tensors are written behind room for a header, which comes last: it tells what was found out on the way.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from mmap import mmap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from corda_convert.checkpoint.byte_file import PAGE_BYTES
 from corda_convert.checkpoint.tensors import TensorSpec
 from corda_convert.operations.collect_stage import StageResult
-from corda_convert.output.digests import file_sha256
+from corda_convert.output.digests import WrittenDigest
+from corda_convert.output.direct import DirectWriting
 from corda_convert.output.shard_writer import ShardWriter
 from corda_convert.output.staging import LOCK_FILE, can_go_on, left_by_another, locked, work_folder
-from corda_convert.plan.packing import encode_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+READ_BYTES = 16 << 20
+PIECE_BYTES = 4 << 20
+"""What is written at once: it is hashed while it still is in the processor's cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A tensor in the drafts of the output: the number of its file, and where in it the tensor begins."""
+
+    spec: TensorSpec
+    file: int
+    begin: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,28 +46,58 @@ class Finished:
     """A part of the model whose sums are on disk.
 
     Attributes:
-        path: a safetensors file.
+        tensors: where they are.
         aliases, tokens: as in `StageResult`.
     """
 
-    path: Path
+    tensors: tuple[Placed, ...]
     aliases: Mapping[str, str]
     tokens: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How tensors are laid out in the drafts.
+
+    Attributes:
+        header: bytes that stay free at the beginning of each file.
+        most: bytes of tensors in a file, unless one alone has more; None for one file.
+    """
+
+    header: int = 0
+    most: int | None = None
+
+    def placed(self, specs: Sequence[TensorSpec], after: Placed | None) -> tuple[Placed, ...]:
+        """The next tensors behind the last one."""
+        tensors = []
+        for spec in specs:
+            file, begin = (0, self.header) if after is None else (after.file, after.begin + after.spec.nbytes)
+            if self.most is not None and begin > self.header and begin + spec.nbytes > self.header + self.most:
+                file, begin = file + 1, self.header
+            after = Placed(spec, file, begin)
+            tensors.append(after)
+        return tuple(tensors)
 
 
 class Work:
     """The hidden folder of one run, and the thread that writes into it while the next part of the model runs."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, room: Room) -> None:
         self.folder = folder
+        self._room = room
+        self._last: Placed | None = None
+        self._direct = DirectWriting()
         self._writer = ThreadPoolExecutor(1, "writer")
         self._writing: Future[None] | None = None
 
     def keep(self, number: int, result: StageResult) -> Finished:
         """Begins to write what a part gave, after the part before it is written. Raises what that write raised."""
+        specs = [TensorSpec(name, "F32", tuple(tensor.shape)) for name, tensor in result.tensors.items()]
+        finished = Finished(self._room.placed(specs, self._last), result.aliases, result.tokens)
+        self._last = finished.tensors[-1] if finished.tensors else self._last
         self.wait()
-        self._writing = self._writer.submit(self._write, number, result)
-        return Finished(self._path(number), result.aliases, result.tokens)
+        self._writing = self._writer.submit(self._write, number, result, finished)
+        return finished
 
     def wait(self) -> None:
         """Until all is written. Raises what the last write raised."""
@@ -57,42 +109,78 @@ class Work:
         """Ends the thread; what it was writing is then written, or has failed."""
         self._writer.shutdown()
 
-    def _write(self, number: int, result: StageResult) -> None:
+    def _write(self, number: int, result: StageResult, finished: Finished) -> None:
         """It counts as finished once its note is there."""
-        path = self._path(number)
-        specs = [TensorSpec(name, "F32", tuple(tensor.shape)) for name, tensor in result.tensors.items()]
-        header = encode_header(specs, {})
-        with ShardWriter(path, header, len(header) + sum(spec.nbytes for spec in specs)) as writer:
-            place = len(header)
-            for tensor in result.tensors.values():
-                memory: Any = tensor.numpy()
-                view = memoryview(memory).cast("B")
-                writer.write(place, view)
-                writer.digest(place, view)
-                place += len(view)
-            _, sha256 = writer.finish()
-        note = {"sha256": sha256, "aliases": result.aliases, "tokens": result.tokens}
+        digest = WrittenDigest(0)
+        buffer = memoryview(mmap(-1, PIECE_BYTES + PAGE_BYTES))
+        for one in finished.tensors:
+            self._write_tensor(one, result.tensors[one.spec.name], digest, buffer)
+        _, sha256 = digest.mark()
+        tensors = [[one.spec.name, list(one.spec.shape), one.file, one.begin] for one in finished.tensors]
+        note = {"tensors": tensors, "sha256": sha256, "aliases": finished.aliases, "tokens": finished.tokens}
         draft = self.folder / "draft"
         draft.write_text(json.dumps(note), "utf-8")
-        draft.replace(path.with_suffix(".json"))
+        draft.replace(self._note(number))
+
+    def _write_tensor(self, one: Placed, tensor: Tensor, digest: WrittenDigest, buffer: memoryview) -> None:
+        """By way of memory that lies to pages as the bytes do in the file, which writing past the page cache asks for."""
+        values: Any = tensor.numpy()
+        view = memoryview(values).cast("B")
+        path = self.draft(one.file)
+        path.touch()
+        with ShardWriter(path, b"", 0, self._direct, begun=digest) as writer:
+            done = 0
+            while done < len(view):
+                phase = (one.begin + done) % PAGE_BYTES
+                piece = buffer[phase : phase + min(PIECE_BYTES - phase, len(view) - done)]
+                piece[:] = view[done : done + len(piece)]
+                writer.write(one.begin + done, piece)
+                writer.digest(one.begin + done, piece)
+                done += len(piece)
 
     def finished(self, number: int) -> Finished | None:
-        """What an earlier run has finished of a part, if it still is as it was written."""
-        path = self._path(number)
+        """What an earlier run has finished of a part, if it still is as it was written, and at its place."""
         try:
-            note = json.loads(path.with_suffix(".json").read_text("utf-8"))
-            if file_sha256(path) == note["sha256"]:
-                return Finished(path, dict(note["aliases"]), dict(note["tokens"]))
+            note = json.loads(self._note(number).read_text("utf-8"))
+            specs = [TensorSpec(str(name), "F32", tuple(shape)) for name, shape, _, _ in note["tensors"]]
+            tensors = self._room.placed(specs, self._last)
+            places = [[file, begin] for _, _, file, begin in note["tensors"]]
+            if places != [[one.file, one.begin] for one in tensors] or self._sha256(tensors) != note["sha256"]:
+                return None
+            finished = Finished(tensors, dict(note["aliases"]), dict(note["tokens"]))
         except (OSError, ValueError, KeyError, TypeError):
-            pass
-        return None
+            return None
+        self._last = tensors[-1] if tensors else self._last
+        return finished
 
-    def _path(self, number: int) -> Path:
-        return self.folder / f"part-{number:05}.safetensors"
+    def _sha256(self, tensors: Sequence[Placed]) -> str:
+        """Of the bytes that are there."""
+        digest = hashlib.sha256()
+        for one in tensors:
+            with self.draft(one.file).open("rb") as stream:
+                stream.seek(one.begin)
+                left = one.spec.nbytes
+                while left and (piece := stream.read(min(left, READ_BYTES))):
+                    digest.update(piece)
+                    left -= len(piece)
+        return digest.hexdigest()
+
+    def draft(self, file: int) -> Path:
+        """A file of the output that has no header yet."""
+        return self.folder / f"draft-{file + 1:05}.safetensors"
+
+    def _note(self, number: int) -> Path:
+        return self.folder / f"part-{number:05}.json"
 
 
 @contextlib.contextmanager
-def working(output: Path, identity: Mapping[str, str], *, overwrite: bool) -> Iterator[Work]:
+def working(
+    output: Path,
+    identity: Mapping[str, str],
+    *,
+    overwrite: bool,
+    room: Room = Room(),
+) -> Iterator[Work]:
     """The folder of this run, with what an unfinished run of the same `identity` left.
 
     It vanishes when the block ends or refuses; what stops the block otherwise leaves it, and tells its place in a note of
@@ -102,7 +190,7 @@ def working(output: Path, identity: Mapping[str, str], *, overwrite: bool) -> It
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder, output):
         _begin(folder, identity, overwrite=overwrite)
-        work = Work(folder)
+        work = Work(folder, room)
         try:
             try:
                 yield work

@@ -15,7 +15,7 @@ from corda_convert.checkpoint.tensors import TensorRef, TensorSpec
 from corda_convert.errors import CordaConvertError, OutputRefused
 from corda_convert.operations.collect_card import covariance_card
 from corda_convert.operations.collect_receipt import tensor_entries
-from corda_convert.output.digests import file_sha256
+from corda_convert.output.digests import WrittenDigest, file_sha256
 from corda_convert.output.licence import CARD_FILE, Licence
 from corda_convert.output.receipt import write_receipt
 from corda_convert.output.shard_writer import ShardWriter
@@ -89,6 +89,25 @@ class Sealing:
     licence: Licence = Licence()  # noqa: RUF009 - it has no state
 
 
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A file of the output whose tensors stand one after the other behind `room` bytes for its header."""
+
+    path: Path
+    specs: tuple[TensorSpec, ...]
+    room: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """A whole safetensors file, whatever it is called."""
+
+    path: Path
+    specs: Sequence[TensorSpec]
+    nbytes: int
+    sha256: str
+
+
 def write_covariances(
     output: Path,
     tensors: Sequence[OutputTensor],
@@ -103,22 +122,37 @@ def write_covariances(
     Returns the receipt, which a folder holds, with a card.
     """
     check_space(output, sum(tensor.spec.nbytes for tensor in tensors))
+    cut = [list(tensors)] if is_one_file(output) else _in_shards(tensors, max_shard_bytes)
+    files = [_write_file(work / f"file-{number:05}", shard, metadata) for number, shard in enumerate(cut, 1)]
+    return _put_in_place(output, files, metadata, sealing, work)
+
+
+def seal_drafts(
+    output: Path, drafts: Sequence[Draft], metadata: dict[str, str], sealing: Sealing, *, work: Path
+) -> dict[str, Any]:
+    """Gives each of the drafts, which lie in `work`, its header, and moves the output to its place.
+
+    Returns the receipt, which a folder holds, with a card.
+    """
+    return _put_in_place(output, [_sealed(draft, metadata) for draft in drafts], metadata, sealing, work)
+
+
+def _put_in_place(
+    output: Path, files: Sequence[_Written], metadata: dict[str, str], sealing: Sealing, work: Path
+) -> dict[str, Any]:
     if is_one_file(output):
-        draft = work / "output.safetensors"
-        entry = {**_write_file(draft, tensors, metadata), "name": output.name}
-        receipt = _receipt(sealing, {output.name: tensors}, [entry])
-        draft.replace(output)
+        (file,) = files
+        receipt = _receipt(sealing, {output.name: file})
+        file.path.replace(output)
         return receipt
     folder = work / "output"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    cut = _in_shards(tensors, max_shard_bytes)
-    shards = {f"model-{number:05}-of-{len(cut):05}.safetensors": shard for number, shard in enumerate(cut, 1)}
-    files = [_write_file(folder / name, shard, metadata) for name, shard in shards.items()]
-    weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard}
-    total = sum(tensor.spec.nbytes for tensor in tensors)
+    shards = {f"model-{number:05}-of-{len(files):05}.safetensors": file for number, file in enumerate(files, 1)}
+    weight_map = {spec.name: name for name, file in shards.items() for spec in file.specs}
+    total = sum(spec.nbytes for file in files for spec in file.specs)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    receipt = _receipt(sealing, shards, files)
+    receipt = _receipt(sealing, shards)
     texts = {
         INDEX_FILE: json.dumps(index, indent=1) + "\n",
         CARD_FILE: covariance_card(receipt, metadata, sealing.licence, folder_name=output.name),
@@ -126,18 +160,18 @@ def write_covariances(
     for name, text in texts.items():
         path = folder / name
         path.write_text(text, "utf-8")
-        files.append({"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)})
+        receipt["files"].append({"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)})
     write_receipt(folder, receipt)
+    for name, file in shards.items():
+        file.path.replace(folder / name)
     put_in_place(folder, output)
     return receipt
 
 
-def _receipt(
-    sealing: Sealing, shards: Mapping[str, Sequence[OutputTensor]], files: list[dict[str, Any]]
-) -> dict[str, Any]:
-    specs = {name: [tensor.spec for tensor in shard] for name, shard in shards.items()}
-    entries = tensor_entries(specs, sealing.action, sealing.tokens)
+def _receipt(sealing: Sealing, shards: Mapping[str, _Written]) -> dict[str, Any]:
+    entries = tensor_entries({name: file.specs for name, file in shards.items()}, sealing.action, sealing.tokens)
     summary = {"tensors": {sealing.action: sum("with" not in entry for entry in entries)}}
+    files = [{"name": name, "bytes": file.nbytes, "sha256": file.sha256} for name, file in shards.items()]
     return {**sealing.facts, "tensors": entries, "summary": summary, "files": files, "run": sealing.run()}
 
 
@@ -153,7 +187,7 @@ def _in_shards(tensors: Sequence[OutputTensor], most: int) -> list[list[OutputTe
     return shards
 
 
-def _write_file(path: Path, tensors: Sequence[OutputTensor], metadata: dict[str, str]) -> dict[str, Any]:
+def _write_file(path: Path, tensors: Sequence[OutputTensor], metadata: dict[str, str]) -> _Written:
     specs = [tensor.spec for tensor in tensors]
     header = encode_header(specs, metadata)
     with ShardWriter(path, header, len(header) + sum(spec.nbytes for spec in specs)) as writer:
@@ -168,5 +202,26 @@ def _write_file(path: Path, tensors: Sequence[OutputTensor], metadata: dict[str,
                 writer.digest(place + done, piece)
                 done += len(piece)
             place += done
-        nbytes, sha256 = writer.finish()
-    return {"name": path.name, "bytes": nbytes, "sha256": sha256}
+        return _Written(path, specs, *writer.finish())
+
+
+def _sealed(draft: Draft, metadata: dict[str, str]) -> _Written:
+    """Writes the header into its room; where that is too small, to a new file, with a copy of the tensors behind it."""
+    header = encode_header(draft.specs, metadata, least=draft.room)
+    total = sum(spec.nbytes for spec in draft.specs)
+    if len(header) == draft.room:
+        with ShardWriter(draft.path, b"", draft.room + total, begun=WrittenDigest(0, is_broken=True)) as writer:
+            writer.write(0, memoryview(header))
+            return _Written(draft.path, draft.specs, *writer.finish())
+    path = draft.path.with_suffix(".whole")
+    with (
+        draft.path.open("rb") as source,
+        ShardWriter(path, header, len(header) + total) as writer,
+    ):
+        for done in range(0, total, _CHUNK_BYTES):
+            nbytes = min(_CHUNK_BYTES, total - done)
+            writer.copy(len(header) + done, source.fileno(), draft.room + done, nbytes)
+            writer.digest_copied(len(header) + done, nbytes)
+        written = _Written(path, draft.specs, *writer.finish())
+    draft.path.unlink()
+    return written

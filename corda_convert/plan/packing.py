@@ -77,8 +77,8 @@ def _job_bytes(job: ComputeJob) -> int:
     return job.workspace_bytes + max(chunk.read_bytes + chunk.write_bytes for chunk in job.chunks)
 
 
-def encode_header(specs: Iterable[TensorSpec], metadata: dict[str, str]) -> bytes:
-    """The first bytes of a safetensors file: length and JSON, padded with spaces to a multiple of 8."""
+def encode_header(specs: Iterable[TensorSpec], metadata: dict[str, str], *, least: int = 0) -> bytes:
+    """The first bytes of a safetensors file: length and JSON, padded with spaces to a multiple of 8, and to `least` bytes."""
     entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     position = 0
     for spec in specs:
@@ -90,6 +90,7 @@ def encode_header(specs: Iterable[TensorSpec], metadata: dict[str, str]) -> byte
         position += spec.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
+    text += b" " * (least - 8 - len(text))
     return len(text).to_bytes(8, "little") + text
 
 
