@@ -287,7 +287,7 @@ def test_a_part_that_was_damaged_is_collected_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(operation, "_seal", stop)
+        patch.setattr(operation, "seal", stop)
         assert command(*arguments(output)).status == 130
     (note,) = (json.loads(path.read_text()) for path in tmp_path.glob(".covs*/part-00002.json"))
     draft = next(tmp_path.glob(".covs*/draft-00001.safetensors"))

@@ -14,6 +14,7 @@ from corda_convert.operations import collect_job, collect_work, collect_writing
 from corda_convert.operations.inspect import inspect
 from corda_convert.operations.verify import VerifyOptions, verify
 from corda_convert.output import staging
+from corda_convert.streaming.stream import LayerStream
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -146,3 +147,46 @@ def test_a_header_larger_than_its_room_is_written_before_a_copy(
         assert sizes[1] < sizes[0]
     if output == "covs":
         assert verify(tmp_path / "b" / output).is_fine
+
+
+@pytest.mark.parametrize("output", ["covs.safetensors", "covs"])
+def test_a_file_whose_header_was_foreseen_is_not_read_again(
+    output: str, done: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unwanted(collect_writing.ShardWriter):
+        def __init__(self, path: Path, *_: object, **__: object) -> None:
+            raise AssertionError(f"{path} is opened again")
+
+    done(*MADE["collected"], "-o", tmp_path / "plain" / output)
+    with monkeypatch.context() as patch:
+        patch.setattr("corda_convert.operations.collect.expected_headers", lambda *_: {})
+        done(*MADE["collected"], "-o", tmp_path / "late" / output)
+    monkeypatch.setattr(collect_writing, "ShardWriter", Unwanted)
+    done(*MADE["collected"], "-o", tmp_path / "foreseen" / output)
+    for file in (tmp_path / "plain").rglob("*.safetensors"):
+        inside = file.relative_to(tmp_path / "plain")
+        assert file.read_bytes() == (tmp_path / "late" / inside).read_bytes()
+        assert file.read_bytes() == (tmp_path / "foreseen" / inside).read_bytes()
+    if output == "covs":
+        assert verify(tmp_path / "late" / output).is_fine
+        assert verify(tmp_path / "foreseen" / output).is_fine
+
+
+def test_a_run_that_goes_on_knows_the_digest_of_what_was_there(
+    done: Command, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_block = LayerStream.run_block
+
+    def stopping(stream: LayerStream, index: int, *rest: Any) -> None:
+        if index == 3:
+            raise KeyboardInterrupt
+        run_block(stream, index, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerStream, "run_block", stopping)
+        assert command(*MADE["collected"], "-o", tmp_path / "covs").status == 130
+    done(*MADE["collected"], "-o", tmp_path / "covs")
+    assert verify(tmp_path / "covs").is_fine
+    done(*MADE["collected"], "-o", tmp_path / "straight")
+    for file in (tmp_path / "straight").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "covs" / file.name).read_bytes()

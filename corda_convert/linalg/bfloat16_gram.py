@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 COLUMNS, ROWS = 512, 256
 """What is transposed at once."""
 
+SUMMED = 64
+"""Columns whose absolute values are summed at once."""
+
 STRIP = 256
 """Rows of the product that are computed together, from the diagonal on."""
 
@@ -53,21 +56,22 @@ class Columns:
 
 
 def columns_of(team: Team, rows: Tensor, out: Tensor) -> Columns:
-    """Writes `rows` (n, d) bfloat16, transposed, to `out` (d, n) float32. Absolute values are summed in float32 by blocks."""
+    """Writes `rows` (n, d) bfloat16, transposed, to `out` (d, n) float32. Absolute values are summed in float32."""
     import torch
 
     n, d = rows.shape
     bounds: list[Tensor] = []
-    absolute = torch.zeros(d, dtype=torch.float64)
+    absolute = torch.empty(d, dtype=torch.float64)
 
     def transpose(columns: slice) -> None:
         for begin in range(0, n, ROWS):
-            block = out[columns, begin : begin + ROWS]
-            block.copy_(rows[begin : begin + ROWS, columns].T)
-            bounds.append(torch.stack(torch.aminmax(block)))
-            positive = torch.abs(block, out=scratch("absolute", tuple(block.shape), block))
-            absolute[columns] += torch.mv(positive, positive.new_ones(block.shape[1]))
+            out[columns, begin : begin + ROWS].copy_(rows[begin : begin + ROWS, columns].T)
+        for begin in range(columns.start, columns.stop, SUMMED):
+            part = out[begin : min(begin + SUMMED, columns.stop)]
+            positive = torch.abs(part, out=scratch("absolute", tuple(part.shape), part))
+            absolute[begin : begin + len(part)] = positive.sum(dim=1)
 
+    team.each(lambda part: bounds.append(torch.stack(torch.aminmax(rows[part]))), n, ROWS)
     team.each(transpose, d, COLUMNS)
     least, most = torch.stack(bounds).aminmax(dim=0)
     return Columns(out, float(least[0]), float(most[1]), absolute)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from corda_convert.checkpoint.dequantized import dequantized
 from corda_convert.checkpoint.folder import read_checkpoint
 from corda_convert.checkpoint.quantized import quantization_of
-from corda_convert.checkpoint.tensors import TensorSpec
 from corda_convert.corpus import read_corpus
 from corda_convert.corpus.options import check_token_ids, limited_seq_len
 from corda_convert.corpus.tokenizers import read_tokenizer
@@ -23,21 +21,12 @@ from corda_convert.hub_reading import fetch, located
 from corda_convert.linalg.gram import Spare
 from corda_convert.operations.collect_job import CollectJob
 from corda_convert.operations.collect_options import CollectOptions
-from corda_convert.operations.collect_receipt import model_input, text_inputs, usage
+from corda_convert.operations.collect_sealing import expected_headers, seal
 from corda_convert.operations.collect_stage import Stage
 from corda_convert.operations.collect_targets import Wanted, wanted_inputs
 from corda_convert.operations.collect_work import Finished, Work, working
-from corda_convert.operations.collect_writing import (
-    Draft,
-    Sealing,
-    check_covariance_output,
-    metadata_of,
-    seal_drafts,
-)
-from corda_convert.operations.experts_targets import OUTWARD
+from corda_convert.operations.collect_writing import check_covariance_output
 from corda_convert.operations.options import RunOptions
-from corda_convert.output.licence import licence_of
-from corda_convert.output.receipt import tool
 from corda_convert.streaming.architecture import build_architecture
 from corda_convert.streaming.stream import Batch, LayerStream, make_batches
 from corda_convert.streaming.threads import ModelThreads
@@ -88,7 +77,7 @@ def collect(
             return Collected(job.output, job.receipt(), ())
         with working(job.output, job.identity(), overwrite=run.overwrite, room=job.room()) as work:
             finished = _run(job, work)
-            receipt = _seal(job, work, finished, begun)
+            receipt = seal(job, work, finished, begun)
             run.ranks.exchange(None)
     return Collected(job.output, receipt, tuple(receipt["warnings"]))
 
@@ -221,8 +210,8 @@ class _Runner:
         if finished is None:
             finished = Finished((), result.aliases, result.tokens)
             if self._work is not None:
-                finished = self._work.keep(number, result)  # after what was being written before
-                self._spare.give(*self._being_written)
+                finished = self._work.keep(number, result, partial(expected_headers, job, number))
+                self._spare.give(*self._being_written)  # since `keep` waited until they were
                 self._being_written = [tensor for tensor in result.tensors.values() if tensor.ndim == 2]
         self._spare.end_part()
         self.parts.append(finished)
@@ -261,57 +250,3 @@ def _progress(job: CollectJob, batches: int) -> Iterator[Callable[[], object]]:
     is_quiet = not job.run.progress or not sys.stderr.isatty()
     with tqdm(total=parts * batches, unit="batch", desc="collect", disable=is_quiet) as bar:
         yield lambda: bar.update()
-
-
-def _unreached_experts(job: CollectJob, tokens: Mapping[str, int]) -> list[str]:
-    """What to tell of experts that no token reached, where each has a covariance of its own."""
-    if job.options.experts != "each":
-        return []
-    lacking: dict[str, set[int]] = {}
-    for stack, module in job.wanted.stacks.items():
-        owner, _, parameter = stack.rpartition(".")
-        end = f".{parameter}" if parameter in OUTWARD else ""
-        for expert in range(module._parameters[parameter].shape[0]):
-            if not tokens.get(f"{owner}.{expert}{end}"):
-                lacking.setdefault(owner, set()).add(expert)
-    if not lacking:
-        return []
-    named = "; ".join(f"{owner} ({', '.join(map(str, sorted(each)))})" for owner, each in lacking.items())
-    return [f"No token reached {sum(map(len, lacking.values()))} experts: {named}. They have no covariance."]
-
-
-def _seal(job: CollectJob, work: Work, parts: Sequence[Finished], begun: float) -> dict[str, Any]:
-    """Puts the parts together as the output. Returns the receipt."""
-    work.wait()
-    files: dict[int, list[TensorSpec]] = {}
-    for part in parts:
-        for tensor in part.tensors:
-            files.setdefault(tensor.file, []).append(tensor.spec)
-    drafts = [Draft(work.draft(file), tuple(specs), job.room().header) for file, specs in files.items()]
-    aliases = {name: target for part in parts for name, target in part.aliases.items()}
-    tokens = {name: count for part in parts for name, count in part.tokens.items()}
-    partial = {name: count for name, count in tokens.items() if count != job.corpus.tokens}
-    metadata = metadata_of(
-        aliases,
-        {
-            "samples": job.samples,
-            "tokens": job.corpus.tokens,
-            "normalization": job.options.normalization,
-            "model": job.checkpoint.name,
-            "data": job.corpus.description,
-            "tool": f"corda-convert {tool()['version']}",
-            "dtype": str(job.architecture.dtype).removeprefix("torch."),
-            "module_tokens": json.dumps(partial) if partial else None,
-        },
-    )
-    starved = [name for name, count in partial.items() if count == 0]
-    warnings = [f"No token reached {some(starved)}."] if starved else []
-    facts = {
-        **job.receipt(),
-        "warnings": [*job.warnings(), *warnings, *_unreached_experts(job, tokens)],
-        "inputs": [model_input(job.checkpoint), *text_inputs(job.options.corpus)],
-        "aliases": aliases,
-    }
-    licence = licence_of(job.checkpoint.root)
-    sealing = Sealing(facts, "collected", tokens, lambda: usage(begun, job.device, job.run.ranks.place.size), licence)
-    return seal_drafts(job.output, drafts, metadata, sealing, work=work.folder)

@@ -1,15 +1,15 @@
 """Where `collect` keeps what it has finished: a hidden folder beside the output, with the output's files as far as they are.
 
-Tensors are written behind room for a header, which comes last: it tells what was found out on the way.
+Tensors are written behind a header that tells what is expected to be found out on the way; where it turns out otherwise, it
+is written again at the end.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from mmap import mmap
@@ -86,16 +86,26 @@ class Work:
         self.folder = folder
         self._room = room
         self._last: Placed | None = None
+        self._expected: Mapping[int, bytes] | None = None
+        self._headers: dict[int, bytes] = {}
+        self._digests: dict[int, WrittenDigest] = {}
         self._direct = DirectWriting()
         self._writer = ThreadPoolExecutor(1, "writer")
         self._writing: Future[None] | None = None
 
-    def keep(self, number: int, result: StageResult) -> Finished:
-        """Begins to write what a part gave, after the part before it is written. Raises what that write raised."""
+    def keep(
+        self, number: int, result: StageResult, expected: Callable[[Finished], Mapping[int, bytes]] = lambda _: {}
+    ) -> Finished:
+        """Begins to write what a part gave, after the part before it is written. Raises what that write raised.
+
+        `expected` tells the headers of files, as far as they can be told from the first part with tensors.
+        """
         specs = [TensorSpec(name, "F32", tuple(tensor.shape)) for name, tensor in result.tensors.items()]
         finished = Finished(self._room.placed(specs, self._last), result.aliases, result.tokens)
         self._last = finished.tensors[-1] if finished.tensors else self._last
         self.wait()
+        if self._expected is None and finished.tensors:
+            self._expected = expected(finished)
         self._writing = self._writer.submit(self._write, number, result, finished)
         return finished
 
@@ -111,24 +121,34 @@ class Work:
 
     def _write(self, number: int, result: StageResult, finished: Finished) -> None:
         """It counts as finished once its note is there."""
-        digest = WrittenDigest(0)
         buffer = memoryview(mmap(-1, PIECE_BYTES + PAGE_BYTES))
         for one in finished.tensors:
-            self._write_tensor(one, result.tensors[one.spec.name], digest, buffer)
-        _, sha256 = digest.mark()
+            self._write_tensor(one, result.tensors[one.spec.name], buffer)
         tensors = [[one.spec.name, list(one.spec.shape), one.file, one.begin] for one in finished.tensors]
+        sha256 = self._until_now(finished.tensors)
         note = {"tensors": tensors, "sha256": sha256, "aliases": finished.aliases, "tokens": finished.tokens}
         draft = self.folder / "draft"
         draft.write_text(json.dumps(note), "utf-8")
         draft.replace(self._note(number))
 
-    def _write_tensor(self, one: Placed, tensor: Tensor, digest: WrittenDigest, buffer: memoryview) -> None:
+    def _until_now(self, tensors: Sequence[Placed]) -> dict[str, str]:
+        """Of each file that holds some of these tensors the SHA-256 of its bytes from its beginning to the last of them."""
+        return {str(file): self._digests[file].mark()[1] for file in sorted({one.file for one in tensors})}
+
+    def _write_tensor(self, one: Placed, tensor: Tensor, buffer: memoryview) -> None:
         """By way of memory that lies to pages as the bytes do in the file, which writing past the page cache asks for."""
         values: Any = tensor.numpy()
         view = memoryview(values).cast("B")
         path = self.draft(one.file)
-        path.touch()
-        with ShardWriter(path, b"", 0, self._direct, begun=digest) as writer:
+        if one.file not in self._digests:
+            header = (self._expected or {}).get(one.file, b"")
+            self._headers[one.file] = header if len(header) == self._room.header else bytes(self._room.header)
+            self._digests[one.file] = WrittenDigest(0)
+            path.touch()
+            with ShardWriter(path, b"", 0, begun=self._digests[one.file]) as writer:
+                writer.write(0, memoryview(self._headers[one.file]))
+                writer.digest(0, self._headers[one.file])
+        with ShardWriter(path, b"", 0, self._direct, begun=self._digests[one.file]) as writer:
             done = 0
             while done < len(view):
                 phase = (one.begin + done) % PAGE_BYTES
@@ -140,33 +160,43 @@ class Work:
 
     def finished(self, number: int) -> Finished | None:
         """What an earlier run has finished of a part, if it still is as it was written, and at its place."""
+        self.wait()
+        headers, digests = dict(self._headers), {file: digest.copy() for file, digest in self._digests.items()}
         try:
             note = json.loads(self._note(number).read_text("utf-8"))
             specs = [TensorSpec(str(name), "F32", tuple(shape)) for name, shape, _, _ in note["tensors"]]
             tensors = self._room.placed(specs, self._last)
-            places = [[file, begin] for _, _, file, begin in note["tensors"]]
-            if places != [[one.file, one.begin] for one in tensors] or self._sha256(tensors) != note["sha256"]:
-                return None
             finished = Finished(tensors, dict(note["aliases"]), dict(note["tokens"]))
+            places = [[file, begin] for _, _, file, begin in note["tensors"]]
+            if places == [[one.file, one.begin] for one in tensors]:
+                for one in tensors:
+                    self._read_tensor(one)
+                if self._until_now(tensors) == note["sha256"]:
+                    self._last = tensors[-1] if tensors else self._last
+                    return finished
         except (OSError, ValueError, KeyError, TypeError):
-            return None
-        self._last = tensors[-1] if tensors else self._last
-        return finished
+            pass
+        self._headers, self._digests = headers, digests
+        return None
 
-    def _sha256(self, tensors: Sequence[Placed]) -> str:
-        """Of the bytes that are there."""
-        digest = hashlib.sha256()
-        for one in tensors:
-            with self.draft(one.file).open("rb") as stream:
-                stream.seek(one.begin)
-                left = one.spec.nbytes
-                while left and (piece := stream.read(min(left, READ_BYTES))):
-                    digest.update(piece)
-                    left -= len(piece)
-        return digest.hexdigest()
+    def _read_tensor(self, one: Placed) -> None:
+        """Takes what was written of it, and of the file's header before the first one, into the file's digest."""
+        with self.draft(one.file).open("rb") as stream:
+            if one.file not in self._digests:
+                self._headers[one.file] = stream.read(self._room.header)
+                self._digests[one.file] = WrittenDigest(0)
+                self._digests[one.file].update(0, self._headers[one.file])
+            stream.seek(one.begin)
+            end = one.begin + one.spec.nbytes
+            while stream.tell() < end and (piece := stream.read(min(end - stream.tell(), READ_BYTES))):
+                self._digests[one.file].update(stream.tell() - len(piece), piece)
+
+    def hashed(self, file: int) -> tuple[bytes, str]:
+        """The header that stands in a draft, and the SHA-256 of it and of all tensors behind it."""
+        return self._headers[file], self._digests[file].mark()[1]
 
     def draft(self, file: int) -> Path:
-        """A file of the output that has no header yet."""
+        """A file of the output that may not have its last header."""
         return self.folder / f"draft-{file + 1:05}.safetensors"
 
     def _note(self, number: int) -> Path:

@@ -91,11 +91,18 @@ class Sealing:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A file of the output whose tensors stand one after the other behind `room` bytes for its header."""
+    """A file of the output whose tensors stand one after the other behind `room` bytes for its header.
+
+    Attributes:
+        header: what stands there.
+        sha256: of the whole file as it is.
+    """
 
     path: Path
     specs: tuple[TensorSpec, ...]
     room: int
+    header: bytes
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,9 +213,11 @@ def _write_file(path: Path, tensors: Sequence[OutputTensor], metadata: dict[str,
 
 
 def _sealed(draft: Draft, metadata: dict[str, str]) -> _Written:
-    """Writes the header into its room; where that is too small, to a new file, with a copy of the tensors behind it."""
+    """Writes the header into its room, unless it stands there; where that is too small, to a new file, before a copy."""
     header = encode_header(draft.specs, metadata, least=draft.room)
     total = sum(spec.nbytes for spec in draft.specs)
+    if header == draft.header and draft.path.stat().st_size == draft.room + total:
+        return _Written(draft.path, draft.specs, draft.room + total, draft.sha256)
     if len(header) == draft.room:
         with ShardWriter(draft.path, b"", draft.room + total, begun=WrittenDigest(0, is_broken=True)) as writer:
             writer.write(0, memoryview(header))
