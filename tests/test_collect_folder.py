@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -190,3 +191,36 @@ def test_a_run_that_goes_on_knows_the_digest_of_what_was_there(
     done(*MADE["collected"], "-o", tmp_path / "straight")
     for file in (tmp_path / "straight").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "covs" / file.name).read_bytes()
+
+
+def test_a_run_goes_on_with_other_shards(
+    done: Command, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_block = LayerStream.run_block
+
+    def stopping(stream: LayerStream, index: int, *rest: Any) -> None:
+        if index == 5:
+            raise KeyboardInterrupt
+        run_block(stream, index, *rest)
+
+    smaller = (*MADE["collected"][:-1], "60kB")
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerStream, "run_block", stopping)
+        assert command(*MADE["collected"], "-o", tmp_path / "covs").status == 130
+    done(*smaller, "-o", tmp_path / "covs")
+    done(*smaller, "-o", tmp_path / "straight")
+    assert verify(tmp_path / "covs").is_fine
+    names = [path.name for path in sorted((tmp_path / "straight").glob("*.safetensors"))]
+    assert [path.name for path in sorted((tmp_path / "covs").glob("*.safetensors"))] == names
+    assert all((tmp_path / "covs" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes() for name in names)
+
+
+def test_a_disk_without_room_is_told_before_the_model_runs(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: SimpleNamespace(free=6 * 97 * 96 * 4 - 1))
+    monkeypatch.setattr(LayerStream, "embed", None)
+    ran = command(*MADE["collected"], "-o", tmp_path / "covs")
+    assert ran.status == 1
+    assert "free." in ran.err
+    assert list(tmp_path.iterdir()) == []

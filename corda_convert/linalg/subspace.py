@@ -30,6 +30,7 @@ from corda_convert.linalg.panels import (
     Cholesky,
     ShiftedFactors,
     gram,
+    in_float64,
     orthonormal,
     times,
     transposed_copy,
@@ -75,6 +76,9 @@ LEAST_SCALE, MOST_SCALE = 1e-70, 1e70
 
 WELL_CONDITIONED = 1e-5
 """From this ratio of the triangle's diagonal on, two Cholesky factorizations give Q and R as well as Householder's do."""
+
+VERY_WELL_CONDITIONED = 1e-2
+"""From this one on, one does: what is missing, the resolution of float64 divided by its square, is small beside all gaps."""
 
 SHIFTS = (0.95, 0.8, 0.5)
 """Shares of the estimate of the smallest eigenvalue, which is never too small, that are tried as shifts."""
@@ -337,15 +341,27 @@ def _reduced(team: Team, M: WeightedMatrix, rank: int, solver: Solver) -> Subspa
 
 
 def _orthonormal_basis(team: Team, W: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """`W = Q R` of a tall W (d_out, d_in): what multiplies (d_in, k) with Q, and R.
+    """`W = Q R` of a tall W (d_out, d_in): what multiplies orthonormal (d_in, k) with Q, and R.
 
-    By two Cholesky factorizations (CholeskyQR2, doi:10.1137/1.9781611974690), products alone, where W is well-conditioned
+    By one Cholesky factorization where W is so well-conditioned that Q, which is not formed, is orthonormal but for a few
+    digits: these are mended in the product. By two (CholeskyQR2, doi:10.1137/1.9781611974690) where W is well-conditioned
     enough for that; else by Householder's.
     """
-    Q = W.to(torch.float64, copy=True)
-    first = _divide_by_triangle(team, Q)
-    if first is not None and float(first.diagonal().min()) >= WELL_CONDITIONED * float(first.diagonal().max()):
-        second = _divide_by_triangle(team, Q)
+    Q = in_float64(team, W)
+    factor = Cholesky.of(team, gram(team, Q))
+    ratio = 0.0 if factor is None else _diagonal_ratio(factor.like)
+    if factor is not None and ratio >= VERY_WELL_CONDITIONED:
+        del Q
+        R = factor.lower().T
+
+        def quotient(X: Tensor) -> Tensor:
+            U = times(team, W, torch.linalg.solve_triangular(R, X, upper=True))
+            return U - U @ ((U.T @ U - torch.eye(U.shape[1], dtype=U.dtype, device=U.device)) / 2)
+
+        return quotient, R
+    first = None if factor is None or ratio < WELL_CONDITIONED else _divide_by_triangle(team, Q, factor)
+    if first is not None:
+        second = _divide_by_triangle(team, Q, Cholesky.of(team, gram(team, Q)))
         if second is not None:
             return lambda X: times(team, Q, X), second @ first
     reflectors, tau = torch.geqrf(W.double())
@@ -359,9 +375,14 @@ def _orthonormal_basis(team: Team, W: Tensor) -> tuple[Callable[[Tensor], Tensor
     return apply, reflectors[: W.shape[1]].triu()
 
 
-def _divide_by_triangle(team: Team, Q: Tensor) -> Tensor | None:
-    """`Q ← Q R⁻¹` with the triangle R of `QᵀQ = RᵀR`, which it returns; None where that is not positive definite."""
-    factor = Cholesky.of(team, gram(team, Q))
+def _diagonal_ratio(triangle: Tensor) -> float:
+    """The smallest to the largest entry on the diagonal: above 1 / condition."""
+    diagonal = triangle.diagonal()
+    return float(diagonal.min()) / float(diagonal.max())
+
+
+def _divide_by_triangle(team: Team, Q: Tensor, factor: Cholesky | None) -> Tensor | None:
+    """`Q ← Q R⁻¹` with the factor of `QᵀQ = RᵀR`; returns R; None where there is no factor."""
     if factor is None:
         return None
     R = factor.lower().T

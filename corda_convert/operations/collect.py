@@ -27,6 +27,7 @@ from corda_convert.operations.collect_targets import Wanted, wanted_inputs
 from corda_convert.operations.collect_work import Finished, Work, working
 from corda_convert.operations.collect_writing import check_covariance_output
 from corda_convert.operations.options import RunOptions
+from corda_convert.output.staging import check_space, held_bytes
 from corda_convert.streaming.architecture import build_architecture
 from corda_convert.streaming.stream import Batch, LayerStream, make_batches
 from corda_convert.streaming.threads import ModelThreads
@@ -75,6 +76,7 @@ def collect(
             _run(job, None)
             run.ranks.exchange(None)
             return Collected(job.output, job.receipt(), ())
+        check_space(job.output, job.least_bytes() - held_bytes(job.output))
         with working(job.output, job.identity(), overwrite=run.overwrite, room=job.room()) as work:
             finished = _run(job, work)
             receipt = seal(job, work, finished, begun)

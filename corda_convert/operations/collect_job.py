@@ -92,6 +92,14 @@ class CollectJob:
         header = -(-(BYTES_OF_METADATA + needed) // PAGE) * PAGE
         return Room(min(header, MOST_HEADER), None if is_one_file(self.output) else self.options.max_shard_bytes)
 
+    def least_bytes(self) -> int:
+        """Bytes of the output, if in each block all inputs of a width are the same."""
+        if self.options.whole_model or self.wanted.stacks:
+            return 0
+        blocks = find_blocks(self.architecture.model)
+        widths = [set(self.wanted.within(blocks.name(index)).widths.values()) for index in range(len(blocks.modules))]
+        return sum(4 * (width + 1) * width for each in widths for width in each)
+
     def identity(self) -> dict[str, str]:
         """Digests of all that the bytes depend on, by what they are of."""
         files = [(shard.path.name, *stamp(shard.path)) for shard in self.checkpoint.shards]

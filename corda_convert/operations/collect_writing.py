@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -216,12 +217,14 @@ def _sealed(draft: Draft, metadata: dict[str, str]) -> _Written:
     """Writes the header into its room, unless it stands there; where that is too small, to a new file, before a copy."""
     header = encode_header(draft.specs, metadata, least=draft.room)
     total = sum(spec.nbytes for spec in draft.specs)
-    if header == draft.header and draft.path.stat().st_size == draft.room + total:
+    os.truncate(draft.path, draft.room + total)  # a run with other shards may have left more
+    if header == draft.header:
         return _Written(draft.path, draft.specs, draft.room + total, draft.sha256)
     if len(header) == draft.room:
-        with ShardWriter(draft.path, b"", draft.room + total, begun=WrittenDigest(0, is_broken=True)) as writer:
+        sha256 = file_sha256(draft.path, head=header)  # first, since no run can go on with another header
+        with ShardWriter(draft.path, b"", draft.room + total, begun=WrittenDigest(0)) as writer:
             writer.write(0, memoryview(header))
-            return _Written(draft.path, draft.specs, *writer.finish())
+        return _Written(draft.path, draft.specs, draft.room + total, sha256)
     path = draft.path.with_suffix(".whole")
     with (
         draft.path.open("rb") as source,

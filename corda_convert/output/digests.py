@@ -98,10 +98,14 @@ def _append(ranges: list[tuple[int, int]], begin: int, end: int) -> None:
         ranges.append((begin, end))
 
 
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a whole file, in hex. Raises `MalformedFile` where it cannot be read."""
+def file_sha256(path: Path, *, head: bytes = b"") -> str:
+    """The SHA-256 of a whole file, in hex, with `head` in the place of its first bytes.
+
+    Raises `MalformedFile` where it cannot be read.
+    """
     try:
         with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+            stream.seek(len(head))
+            return hashlib.file_digest(stream, lambda: hashlib.sha256(head)).hexdigest()
     except OSError as error:
         raise MalformedFile(f"{path} cannot be read: {error.strerror}.") from None
