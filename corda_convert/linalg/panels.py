@@ -201,7 +201,7 @@ class Cholesky:
     @classmethod
     def of(cls, team: Team, G: Tensor) -> Cholesky | None:
         """None where the matrix is not positive definite in float64."""
-        L = _factor(team, G)
+        L = cholesky_factor(team, G)
         return cls(team, L) if L is not None else None
 
     @property
@@ -265,16 +265,19 @@ class ShiftedFactors:
         for block, corner in zip(self._blocks, self._corners, strict=True):
             G[block, block] = corner
         G.diagonal().sub_(shift)
-        return Cholesky(self._team, G, keeps_upper=True) if _factor(self._team, G) is not None else None
+        return Cholesky(self._team, G, keeps_upper=True) if cholesky_factor(self._team, G) is not None else None
 
 
 def is_positive_definite(team: Team, A: Tensor) -> bool:
     """Whether a symmetric matrix of any floating dtype has a Cholesky factor in float64."""
-    return _factor(team, A.to(torch.float64, copy=True)) is not None
+    return cholesky_factor(team, A.to(torch.float64, copy=True)) is not None
 
 
-def _factor(team: Team, G: Tensor) -> Tensor | None:
-    """The factor of a symmetric float64 matrix, which is overwritten; above the diagonal it may hold anything."""
+def cholesky_factor(team: Team, G: Tensor) -> Tensor | None:
+    """The factor of a symmetric float64 matrix, which is overwritten; above the diagonal it may hold anything.
+
+    None where the matrix is not positive definite in float64.
+    """
     if not team.is_cpu:
         L, info = torch.linalg.cholesky_ex(G)
         return L if int(info) == 0 else None

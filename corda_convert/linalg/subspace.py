@@ -29,6 +29,7 @@ from corda_convert.linalg.panels import (
     PANEL,
     Cholesky,
     ShiftedFactors,
+    cholesky_factor,
     gram,
     in_float64,
     orthonormal,
@@ -348,11 +349,11 @@ def _orthonormal_basis(team: Team, W: Tensor) -> tuple[Callable[[Tensor], Tensor
     enough for that; else by Householder's.
     """
     Q = in_float64(team, W)
-    factor = Cholesky.of(team, gram(team, Q))
-    ratio = 0.0 if factor is None else _diagonal_ratio(factor.like)
+    factor = cholesky_factor(team, gram(team, Q))
+    ratio = 0.0 if factor is None else _diagonal_ratio(factor)
     if factor is not None and ratio >= VERY_WELL_CONDITIONED:
         del Q
-        R = factor.lower().T
+        R = factor.tril_().T
 
         def quotient(X: Tensor) -> Tensor:
             U = times(team, W, torch.linalg.solve_triangular(R, X, upper=True))
@@ -361,7 +362,7 @@ def _orthonormal_basis(team: Team, W: Tensor) -> tuple[Callable[[Tensor], Tensor
         return quotient, R
     first = None if factor is None or ratio < WELL_CONDITIONED else _divide_by_triangle(team, Q, factor)
     if first is not None:
-        second = _divide_by_triangle(team, Q, Cholesky.of(team, gram(team, Q)))
+        second = _divide_by_triangle(team, Q, cholesky_factor(team, gram(team, Q)))
         if second is not None:
             return lambda X: times(team, Q, X), second @ first
     reflectors, tau = torch.geqrf(W.double())
@@ -381,11 +382,11 @@ def _diagonal_ratio(triangle: Tensor) -> float:
     return float(diagonal.min()) / float(diagonal.max())
 
 
-def _divide_by_triangle(team: Team, Q: Tensor, factor: Cholesky | None) -> Tensor | None:
+def _divide_by_triangle(team: Team, Q: Tensor, factor: Tensor | None) -> Tensor | None:
     """`Q ← Q R⁻¹` with the factor of `QᵀQ = RᵀR`; returns R; None where there is no factor."""
     if factor is None:
         return None
-    R = factor.lower().T
+    R = factor.tril_().T
 
     def divide(rows: slice) -> None:
         Q[rows] = torch.linalg.solve_triangular(R, Q[rows], upper=True, left=False)
