@@ -182,6 +182,33 @@ def test_outliers_need_no_dense_solver(shape: tuple[int, int], end: End, outlier
     assert torch.allclose(found.singular_values, S[:24] if end == "top" else S[-24:], rtol=1e-7)
 
 
+def kahan(size: int, angle: float) -> Tensor:
+    """Kahan's triangle, whose diagonal hides how ill-conditioned it is (Higham, Accuracy and Stability, 8.3)."""
+    sine, cosine = math.sin(angle), math.cos(angle)
+    rows = sine ** torch.arange(size, dtype=torch.float64)
+    return rows[:, None] * (torch.eye(size, dtype=torch.float64) - cosine * torch.ones(size, size).double().triu(1))
+
+
+@pytest.mark.parametrize(("size", "angle", "factors"), [(30, 1.3, 1), (60, 1.4, 1), (60, 1.3, 2), (100, 1.4, 2)])
+@pytest.mark.parametrize("solver", ["auto", "krylov"])
+def test_a_tall_weight_that_hides_its_condition_is_taken_apart_with_more_care(
+    size: int, angle: float, factors: int, solver: Solver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    careful = []
+    basis = subspace._orthonormal_basis
+    monkeypatch.setattr(subspace, "_orthonormal_basis", lambda *given: (careful.append(1), basis(*given))[1])
+    W = orthonormal(3 * size, size, torch.Generator().manual_seed(size)) @ kahan(size, angle)
+    U, singular_values, _ = torch.linalg.svd(W, full_matrices=False)
+    with Team(CPU) as team:
+        assert subspace._triangle(team, W) is not None
+        found = left_subspace(team, WeightedMatrix(W, NoWeighting()), rank=4, end="bottom", solver=solver)
+    assert len(careful) == factors - 1
+    assert found.is_certified
+    assert subspace_distance(found.U, U[:, -4:]) < 1e-4
+    assert torch.allclose(found.singular_values, singular_values[-4:], rtol=1e-8, atol=0)
+    assert found.orthonormality < 1e-13
+
+
 @pytest.mark.parametrize("rank", [1, 8, 32])
 def test_lanczos_gets_to_the_edge_of_a_random_matrix(rank: int) -> None:
     M = torch.randn(1000, 1000, generator=torch.Generator().manual_seed(8), dtype=torch.float64)

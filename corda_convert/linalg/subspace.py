@@ -79,7 +79,10 @@ WELL_CONDITIONED = 1e-5
 """From this ratio of the triangle's diagonal on, two Cholesky factorizations give Q and R as well as Householder's do."""
 
 VERY_WELL_CONDITIONED = 1e-2
-"""From this one on, one does: what is missing, the resolution of float64 divided by its square, is small beside all gaps."""
+"""From this one on, one mostly does."""
+
+MOST_LOST = 1e-8
+"""So much at most may the product of two columns of Q be off: singular values are off by as much, relative to their size."""
 
 SHIFTS = (0.95, 0.8, 0.5)
 """Shares of the estimate of the smallest eigenvalue, which is never too small, that are tried as shifts."""
@@ -334,35 +337,45 @@ def workspace_elements(shape: tuple[int, int], rank: int, end: End, solver: Solv
 
 
 def _reduced(team: Team, M: WeightedMatrix, rank: int, solver: Solver) -> Subspace:
-    """The bottom of a tall M, whose own Gram matrix has a null space that swallows it: that of `R T`, for `W = Q R`."""
+    """The bottom of a tall M, whose own Gram matrix has a null space that swallows it: that of `R T`, for `W = Q R`.
+
+    With R of one Cholesky factorization where W seems well-conditioned. What Q lacks of being orthonormal is largest at the
+    bottom, where it shows in the vectors: little is mended there, else W is taken apart with more care.
+    """
+    if (R := _triangle(team, M.W)) is not None:
+        small = left_subspace(team, WeightedMatrix(R, M.T), rank=rank, end="bottom", solver=solver)
+        U = times(team, M.W, torch.linalg.solve_triangular(R, small.U, upper=True))
+        overlap = U.T @ U
+        overlap.diagonal().sub_(1.0)
+        if float(overlap.abs().max()) <= MOST_LOST:
+            return _of_tall(team, M, small, U - U @ (overlap / 2))
+        del R, small, U
     basis, R = _orthonormal_basis(team, M.W)
     small = left_subspace(team, WeightedMatrix(R, M.T), rank=rank, end="bottom", solver=solver)
-    U, _ = fix_signs(basis(small.U))
+    return _of_tall(team, M, small, basis(small.U))
+
+
+def _of_tall(team: Team, M: WeightedMatrix, small: Subspace, U: Tensor) -> Subspace:
+    U, _ = fix_signs(U)
     return replace(small, U=U, projected=M.projected(team, U), orthonormality=_orthonormality(U))
 
 
-def _orthonormal_basis(team: Team, W: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """`W = Q R` of a tall W (d_out, d_in): what multiplies orthonormal (d_in, k) with Q, and R.
+def _triangle(team: Team, W: Tensor) -> Tensor | None:
+    """The R of a tall `W = Q R`, from its Gram matrix; None where that tells too little of it."""
+    factor = cholesky_factor(team, gram(team, in_float64(team, W)))
+    return factor.tril_().T if factor is not None and _diagonal_ratio(factor) >= VERY_WELL_CONDITIONED else None
 
-    By one Cholesky factorization where W is so well-conditioned that Q, which is not formed, is orthonormal but for a few
-    digits: these are mended in the product. By two (CholeskyQR2, doi:10.1137/1.9781611974690) where W is well-conditioned
+
+def _orthonormal_basis(team: Team, W: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """`W = Q R` of a tall W (d_out, d_in): what multiplies (d_in, k) with Q, and R.
+
+    By two Cholesky factorizations (CholeskyQR2, doi:10.1137/1.9781611974690), products alone, where W is well-conditioned
     enough for that; else by Householder's.
     """
     Q = in_float64(team, W)
-    factor = cholesky_factor(team, gram(team, Q))
-    ratio = 0.0 if factor is None else _diagonal_ratio(factor)
-    if factor is not None and ratio >= VERY_WELL_CONDITIONED:
-        del Q
-        R = factor.tril_().T
-
-        def quotient(X: Tensor) -> Tensor:
-            U = times(team, W, torch.linalg.solve_triangular(R, X, upper=True))
-            return U - U @ ((U.T @ U - torch.eye(U.shape[1], dtype=U.dtype, device=U.device)) / 2)
-
-        return quotient, R
-    first = None if factor is None or ratio < WELL_CONDITIONED else _divide_by_triangle(team, Q, factor)
-    if first is not None:
-        second = _divide_by_triangle(team, Q, cholesky_factor(team, gram(team, Q)))
+    first = _divide_by_triangle(team, Q)
+    if first is not None and _diagonal_ratio(first) >= WELL_CONDITIONED:
+        second = _divide_by_triangle(team, Q)
         if second is not None:
             return lambda X: times(team, Q, X), second @ first
     reflectors, tau = torch.geqrf(W.double())
@@ -382,8 +395,9 @@ def _diagonal_ratio(triangle: Tensor) -> float:
     return float(diagonal.min()) / float(diagonal.max())
 
 
-def _divide_by_triangle(team: Team, Q: Tensor, factor: Tensor | None) -> Tensor | None:
-    """`Q ← Q R⁻¹` with the factor of `QᵀQ = RᵀR`; returns R; None where there is no factor."""
+def _divide_by_triangle(team: Team, Q: Tensor) -> Tensor | None:
+    """`Q ← Q R⁻¹` with the triangle R of `QᵀQ = RᵀR`, which it returns; None where that is not positive definite."""
+    factor = cholesky_factor(team, gram(team, Q))
     if factor is None:
         return None
     R = factor.tril_().T
