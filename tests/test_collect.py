@@ -344,6 +344,14 @@ def test_too_few_tokens_are_warned_of_with_the_numbers(command: Command, tmp_pat
     assert "Collect 1,760 or more" in ran.err
 
 
+def test_sums_that_wait_for_the_next_block_count_with_those_it_needs() -> None:
+    from corda_convert.operations.collect_job import sums_at_most
+
+    assert sums_at_most([[2, 2, 3], [2, 2, 3]], are_kept=True) == 12 * (4 + 4 + 9)
+    assert sums_at_most([[2, 2], [3], [3, 3], []], are_kept=True) == 12 * max(4 + 4 + 9, 9 + 9)
+    assert sums_at_most([[2, 2], [3], [3, 3], []], are_kept=False) == 12 * (9 + 9)
+
+
 def test_a_dry_run_tells_bytes_and_writes_nothing(done: Command, tmp_path: Path) -> None:
     ran = done(*arguments(tmp_path / "covs.safetensors", "--dry-run", "--json"))
     plan = json.loads(ran.out)["plan"]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,7 +165,7 @@ class CollectJob:
             parts = [self.wanted.within(name).widths for name in names]
             embedding = _weight_bytes(model.get_input_embeddings(), itemsize)
             weights = max(embedding, *(_weight_bytes(block, itemsize) for block in blocks.modules))
-        sums = max(sum(12 * width * width for width in part.values()) for part in parts)
+        sums = sums_at_most([part.values() for part in parts], are_kept=self.device.type == "cpu")
         activations = tokens * (4 * hidden + 3 * max(widths.values(), default=hidden)) * (itemsize + 4)
         states = 0 if self.options.whole_model else self.corpus.tokens * hidden * itemsize
         is_offloaded = self.options.offload is not None
@@ -175,6 +178,16 @@ class CollectJob:
                 "offload": states if is_offloaded else 0,
             },
         }
+
+
+def sums_at_most(parts: Sequence[Iterable[int]], *, are_kept: bool) -> int:
+    """Bytes of the sums that are in memory at once, by the widths of each part's inputs: in float64, and of a group in float32.
+
+    `are_kept`: those of one part wait for the next one to use them.
+    """
+    counted = [Counter(widths) for widths in parts]
+    held = [one | other for one, other in pairwise([Counter(), *counted])] if are_kept else counted
+    return max(sum(12 * width * width * count for width, count in each.items()) for each in held)
 
 
 def _weight_bytes(module: Any, itemsize: int) -> int:
