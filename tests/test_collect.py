@@ -292,7 +292,7 @@ def test_a_part_that_was_damaged_is_collected_again(
     (note,) = (json.loads(path.read_text()) for path in tmp_path.glob(".covs*/part-00002.json"))
     draft = next(tmp_path.glob(".covs*/draft-00001.safetensors"))
     with draft.open("r+b") as stream:
-        stream.seek(note["tensors"][0][-1])
+        stream.seek(note["note"]["tensors"][0][-1])
         stream.write(b"?")
     done(*arguments(output))
     assert output.read_bytes() == (tmp_path / "straight.safetensors").read_bytes()
@@ -356,7 +356,7 @@ def test_a_dry_run_tells_bytes_and_writes_nothing(done: Command, tmp_path: Path)
     ran = done(*arguments(tmp_path / "covs.safetensors", "--dry-run", "--json"))
     plan = json.loads(ran.out)["plan"]
     assert plan["modules"] == 42
-    assert plan["disk_bytes"]["output_at_most"] == 6 * (6 * 97 * 96 + 177 * 176) * 4
+    assert 0 < plan["disk_bytes"]["output_at_most"] - 6 * (6 * 97 * 96 + 177 * 176) * 4 < 1 << 17
     assert plan["host_bytes"]["hidden_states"] == 492 * 96 * 2
     assert list(tmp_path.iterdir()) == []
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from building import FIXTURES, MODEL, read_json
 from safetensors.torch import load_file
+from test_collect import tiny
 
 from corda_convert.errors import OutputRefused
 from corda_convert.operations import collect_job, collect_work, collect_writing
@@ -223,4 +224,107 @@ def test_a_disk_without_room_is_told_before_the_model_runs(
     ran = command(*MADE["collected"], "-o", tmp_path / "covs")
     assert ran.status == 1
     assert "free." in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def stopped_at(block: int) -> Callable[..., None]:
+    """What `run_block` is to be, so that it is interrupted there."""
+    run_block = LayerStream.run_block
+
+    def stopping(stream: LayerStream, index: int, *rest: Any) -> None:
+        if index == block:
+            raise KeyboardInterrupt
+        run_block(stream, index, *rest)
+
+    return stopping
+
+
+def test_a_head_is_collected_alone_and_after_a_run_that_stopped_before_it(
+    done: Command, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("qwen3_moe", tmp_path / "model")
+    text = ("collect", model, "--data", TASK, "--field", "question", "--no-pack", "--samples", 9, "--target", "lm_head")
+    done(*text, "-o", tmp_path / "alone.safetensors")
+    assert {name.removesuffix(".mean_abs") for name in load_file(tmp_path / "alone.safetensors")} == {"lm_head"}
+    both = (*text, "--target", "q_proj", "-o")
+    with monkeypatch.context() as patch:
+        patch.setattr("corda_convert.operations.collect._run_head", interrupt)
+        assert command(*both, tmp_path / "both.safetensors").status == 130
+    done(*both, tmp_path / "both.safetensors")
+    done(*both, tmp_path / "straight.safetensors")
+    assert (tmp_path / "both.safetensors").read_bytes() == (tmp_path / "straight.safetensors").read_bytes()
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("change", ["overwrite", "same"])
+def test_what_a_kill_while_sealing_leaves_is_in_nobodys_way(
+    change: str, done: Command, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(collect_writing, "put_in_place", interrupt)
+        assert command(*MADE["collected"], "-o", tmp_path / "covs").status == 130
+    (work,) = tmp_path.iterdir()
+    assert (work / "output").is_dir()
+    other = ("--normalize", "none", "--overwrite") if change == "overwrite" else ()
+    done(*MADE["collected"], *other, "-o", tmp_path / "covs")
+    assert verify(tmp_path / "covs").is_fine
+    assert [path.name for path in tmp_path.iterdir()] == ["covs"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text.replace("q_proj", "k_proj"),
+        lambda text: text.replace('"tokens": {', '"tokens": [', 1),
+        lambda text: "[" * 100_000,
+        lambda text: "[1]",
+        lambda text: text[:-1],
+    ],
+)
+@pytest.mark.parametrize("name", ["part-00002.json", "identity.json"])
+def test_a_note_that_was_altered_counts_for_nothing(
+    name: str,
+    damage: Callable[[str], str],
+    done: Command,
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerStream, "run_block", stopped_at(4))
+        assert command(*MADE["collected"], "-o", tmp_path / "covs").status == 130
+    note = next(tmp_path.glob(f".covs*/{name}"))
+    note.write_text(damage(note.read_text()))
+    done(*MADE["collected"], "-o", tmp_path / "covs")
+    done(*MADE["collected"], "-o", tmp_path / "straight")
+    assert verify(tmp_path / "covs").is_fine
+    for file in (tmp_path / "straight").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "covs" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["identity.json", "part-00003.json", "README.md", "corda_convert.json"])
+def test_a_disk_that_is_full_for_a_note_is_told_as_one(
+    name: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_text, replace_path = Path.write_text, Path.replace
+
+    def full(path: Path, *given: Any, **named: Any) -> int:
+        if path.name == name:
+            raise OSError(28, "No space left on device")
+        return write_text(path, *given, **named)
+
+    def full_before(path: Path, target: Path) -> Path:
+        if Path(target).name == name:
+            raise OSError(28, "No space left on device")
+        return replace_path(path, target)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "replace", full_before)
+    ran = command(*MADE["collected"], "-o", tmp_path / "covs")
+    assert ran.status == 1
+    assert "No space left on device" in ran.err
+    assert "Free disk space" in ran.err
     assert list(tmp_path.iterdir()) == []

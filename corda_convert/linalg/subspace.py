@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from corda_convert.linalg.lanczos import block_lanczos, orthogonalize, random_block
+from corda_convert.linalg.lanczos import RitzPairs, block_lanczos, orthogonalize, random_block
 from corda_convert.linalg.panels import (
     LARGE_TILE,
     PANEL,
@@ -78,11 +78,9 @@ LEAST_SCALE, MOST_SCALE = 1e-70, 1e70
 WELL_CONDITIONED = 1e-5
 """From this ratio of the triangle's diagonal on, two Cholesky factorizations give Q and R as well as Householder's do."""
 
-VERY_WELL_CONDITIONED = 1e-2
-"""From this one on, one mostly does."""
-
-MOST_LOST = 1e-8
-"""So much at most may the product of two columns of Q be off: singular values are off by as much, relative to their size."""
+MOST_LOST = 1e-9
+"""One does up to this product of float64's resolution and the square of W's condition: so much at most, times a small factor,
+are singular values off, relative to their size."""
 
 SHIFTS = (0.95, 0.8, 0.5)
 """Shares of the estimate of the smallest eigenvalue, which is never too small, that are tried as shifts."""
@@ -339,15 +337,15 @@ def workspace_elements(shape: tuple[int, int], rank: int, end: End, solver: Solv
 def _reduced(team: Team, M: WeightedMatrix, rank: int, solver: Solver) -> Subspace:
     """The bottom of a tall M, whose own Gram matrix has a null space that swallows it: that of `R T`, for `W = Q R`.
 
-    With R of one Cholesky factorization where W seems well-conditioned. What Q lacks of being orthonormal is largest at the
-    bottom, where it shows in the vectors: little is mended there, else W is taken apart with more care.
+    With R of one Cholesky factorization where W is well-conditioned: what little Q then lacks of being orthonormal is mended
+    in the vectors. Else W is taken apart with more care.
     """
     if (R := _triangle(team, M.W)) is not None:
         small = left_subspace(team, WeightedMatrix(R, M.T), rank=rank, end="bottom", solver=solver)
         U = times(team, M.W, torch.linalg.solve_triangular(R, small.U, upper=True))
         overlap = U.T @ U
         overlap.diagonal().sub_(1.0)
-        if float(overlap.abs().max()) <= MOST_LOST:
+        if float(overlap.abs().max()) <= 10 * MOST_LOST:
             return _of_tall(team, M, small, U - U @ (overlap / 2))
         del R, small, U
     basis, R = _orthonormal_basis(team, M.W)
@@ -361,9 +359,18 @@ def _of_tall(team: Team, M: WeightedMatrix, small: Subspace, U: Tensor) -> Subsp
 
 
 def _triangle(team: Team, W: Tensor) -> Tensor | None:
-    """The R of a tall `W = Q R`, from its Gram matrix; None where that tells too little of it."""
-    factor = cholesky_factor(team, gram(team, in_float64(team, W)))
-    return factor.tril_().T if factor is not None and _diagonal_ratio(factor) >= VERY_WELL_CONDITIONED else None
+    """The R of a tall `W = Q R`, from its Gram matrix; None where W is too ill-conditioned for that.
+
+    Its diagonal would not tell (Kahan's matrices hide it): the smallest eigenvalue is estimated with the factor itself.
+    """
+    G = gram(team, in_float64(team, W))
+    largest = _largest_eigenvalue(team, G)
+    factor = Cholesky.of(team, G)
+    if factor is None or largest <= 0.0:
+        return None
+    rough = _largest_of_inverse(team, factor)
+    lost = torch.finfo(G.dtype).eps * largest * float(rough.values[0])
+    return factor.lower().T if lost <= MOST_LOST else None
 
 
 def _orthonormal_basis(team: Team, W: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
@@ -374,7 +381,7 @@ def _orthonormal_basis(team: Team, W: Tensor) -> tuple[Callable[[Tensor], Tensor
     """
     Q = in_float64(team, W)
     first = _divide_by_triangle(team, Q)
-    if first is not None and _diagonal_ratio(first) >= WELL_CONDITIONED:
+    if first is not None and float(first.diagonal().min()) >= WELL_CONDITIONED * float(first.diagonal().max()):
         second = _divide_by_triangle(team, Q)
         if second is not None:
             return lambda X: times(team, Q, X), second @ first
@@ -387,12 +394,6 @@ def _orthonormal_basis(team: Team, W: Tensor) -> tuple[Callable[[Tensor], Tensor
         return product
 
     return apply, reflectors[: W.shape[1]].triu()
-
-
-def _diagonal_ratio(triangle: Tensor) -> float:
-    """The smallest to the largest entry on the diagonal: above 1 / condition."""
-    diagonal = triangle.diagonal()
-    return float(diagonal.min()) / float(diagonal.max())
 
 
 def _divide_by_triangle(team: Team, Q: Tensor) -> Tensor | None:
@@ -508,9 +509,16 @@ def _bottom_tries(team: Team, M: WeightedMatrix, rank: int) -> Iterator[_Candida
 
 
 def _largest_eigenvalue(team: Team, G: Tensor) -> float:
-    start = random_block(G.shape[0], 8, G)
+    start = random_block(G.shape[0], min(8, G.shape[0]), G)
     found = block_lanczos(team, lambda X: times(team, G, X), start, wanted=1, most=min(G.shape[0], 64), tolerance=1e-2)
     return float(found.values[0])
+
+
+def _largest_of_inverse(team: Team, factor: Cholesky) -> RitzPairs:
+    """The largest eigenvalue of `G⁻¹`, roughly; it is never larger than the true one."""
+    start = random_block(factor.side, min(ESTIMATE_BLOCK, factor.side), factor.like)
+    most = min(factor.side, ESTIMATE_STEPS * ESTIMATE_BLOCK)
+    return block_lanczos(team, factor.solve, start, wanted=1, most=most, tolerance=TOLERANCE)
 
 
 def _shift_inverted(
@@ -520,9 +528,7 @@ def _shift_inverted(
 
     `factor` is that of G. Gives nothing where no shifted G has a factor, not even that of 0, which rounding may take away.
     """
-    start = random_block(factor.side, ESTIMATE_BLOCK, factor.like)
-    most = min(factor.side, ESTIMATE_STEPS * ESTIMATE_BLOCK)
-    rough = block_lanczos(team, factor.solve, start, wanted=1, most=most, tolerance=TOLERANCE)
+    rough = _largest_of_inverse(team, factor)
     smallest = 1.0 / float(rough.values[0])
     for shift in (*(share * smallest for share in SHIFTS), 0.0):
         if (closer := factors.factor(shift)) is not None:

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from corda_convert.checkpoint.byte_file import PAGE_BYTES
 from corda_convert.checkpoint.folder import Checkpoint
 from corda_convert.corpus import Corpus
 from corda_convert.errors import some
@@ -39,8 +40,6 @@ GROUP_TOKENS = 16_384
 
 BYTES_OF_ENTRIES, BYTES_OF_METADATA = 320, 2048
 """What a header tells of a matrix and of its mean absolute inputs beside their names, and of the file, at most."""
-
-PAGE = 4096
 
 MOST_HEADER = 64 << 20
 """safetensors reads headers of up to 100 MB. A larger one is written with a copy of the tensors."""
@@ -92,7 +91,7 @@ class CollectJob:
             names += [f"{owner}.{expert}.{parameter}" for expert in range(count)] if each else [stack]
         told = len(json.dumps([self.checkpoint.name, self.corpus.description]))
         needed = 2 * told + sum(5 * len(json.dumps(name)) + BYTES_OF_ENTRIES for name in names)
-        header = -(-(BYTES_OF_METADATA + needed) // PAGE) * PAGE
+        header = -(-(BYTES_OF_METADATA + needed) // PAGE_BYTES) * PAGE_BYTES
         return Room(min(header, MOST_HEADER), None if is_one_file(self.output) else self.options.max_shard_bytes)
 
     def least_bytes(self) -> int:
@@ -168,13 +167,14 @@ class CollectJob:
         sums = sums_at_most([part.values() for part in parts], are_kept=self.device.type == "cpu")
         activations = tokens * (4 * hidden + 3 * max(widths.values(), default=hidden)) * (itemsize + 4)
         states = 0 if self.options.whole_model else self.corpus.tokens * hidden * itemsize
+        room = self.room()
         is_offloaded = self.options.offload is not None
         return {
             "modules": len(widths) + len(self.wanted.stacks),
             "device_bytes": {"weights": weights, "sums_at_most": sums, "activations_about": activations},
             "host_bytes": {"hidden_states": 0 if is_offloaded else states, "being_written_at_most": sums // 3},
             "disk_bytes": {
-                "output_at_most": matrices,
+                "output_at_most": matrices + room.header * (1 if room.most is None else 1 + matrices // room.most),
                 "offload": states if is_offloaded else 0,
             },
         }

@@ -46,10 +46,12 @@ def expected_headers(job: CollectJob, number: int, first: Finished) -> dict[int,
 
     So a file can be hashed from its beginning on while it is written. `number` is that of the part.
     """
-    if job.options.whole_model or number == 0:
+    if job.options.whole_model:
         return {}
     blocks = find_blocks(job.architecture.model)
     names = [blocks.name(index) for index in range(len(blocks.modules))]
+    if not 0 < number <= len(names):  # what stands before the blocks, or after them
+        return {}
     mine, earlier = names[number - 1], names[: number - 1]
     if job.wanted.stacks or job.wanted.outside(blocks) or any(job.wanted.within(name) for name in earlier):
         return {}

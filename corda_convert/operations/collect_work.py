@@ -7,6 +7,7 @@ is written again at the end.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,11 +23,12 @@ from corda_convert.operations.collect_stage import StageResult
 from corda_convert.output.digests import WrittenDigest
 from corda_convert.output.direct import DirectWriting
 from corda_convert.output.shard_writer import ShardWriter
-from corda_convert.output.staging import LOCK_FILE, can_go_on, left_by_another, locked, work_folder
+from corda_convert.output.staging import LOCK_FILE, can_go_on, left_by_another, locked, refusal_of, work_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_IDENTITY_FILE = "identity.json"
 READ_BYTES = 16 << 20
 PIECE_BYTES = 4 << 20
 """What is written at once: it is hashed while it still is in the processor's cache."""
@@ -127,9 +129,7 @@ class Work:
         tensors = [[one.spec.name, list(one.spec.shape), one.file, one.begin] for one in finished.tensors]
         sha256 = self._until_now(finished.tensors)
         note = {"tensors": tensors, "sha256": sha256, "aliases": finished.aliases, "tokens": finished.tokens}
-        draft = self.folder / "draft"
-        draft.write_text(json.dumps(note), "utf-8")
-        draft.replace(self._note(number))
+        _write_note(self._note(number), note)
 
     def _until_now(self, tensors: Sequence[Placed]) -> dict[str, str]:
         """Of each file that holds some of these tensors the SHA-256 of its bytes from its beginning to the last of them."""
@@ -161,9 +161,11 @@ class Work:
     def finished(self, number: int) -> Finished | None:
         """What an earlier run has finished of a part, if it still is as it was written, and at its place."""
         self.wait()
+        note = _read_note(self._note(number))
+        if not note:
+            return None
         headers, digests = dict(self._headers), {file: digest.copy() for file, digest in self._digests.items()}
         try:
-            note = json.loads(self._note(number).read_text("utf-8"))
             specs = [TensorSpec(str(name), "F32", tuple(shape)) for name, shape, _, _ in note["tensors"]]
             tensors = self._room.placed(specs, self._last)
             finished = Finished(tensors, dict(note["aliases"]), dict(note["tokens"]))
@@ -174,7 +176,7 @@ class Work:
                 if self._until_now(tensors) == note["sha256"]:
                     self._last = tensors[-1] if tensors else self._last
                     return finished
-        except (OSError, ValueError, KeyError, TypeError):
+        except OSError:
             pass
         self._headers, self._digests = headers, digests
         return None
@@ -219,7 +221,11 @@ def working(
     folder = work_folder(output)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder, output):
-        _begin(folder, identity, overwrite=overwrite)
+        try:
+            _begin(folder, identity, overwrite=overwrite)
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise refusal_of(error, output, folder) from error
         work = Work(folder, room)
         try:
             try:
@@ -232,23 +238,42 @@ def working(
                 error.add_note(str(folder))
             else:
                 shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise refusal_of(error, output, folder) from error
             raise
         shutil.rmtree(folder)
 
 
 def _begin(folder: Path, identity: Mapping[str, str], *, overwrite: bool) -> None:
-    note = folder / "identity.json"
-    try:
-        left = json.loads(note.read_text("utf-8"))
-    except (OSError, ValueError):
-        left = {}
+    left = _read_note(folder / _IDENTITY_FILE)
     if left == dict(identity):
         return
     if left and any(folder.glob("part-*.json")) and not overwrite:
         raise left_by_another(folder, left, identity)
     for entry in folder.iterdir():
-        if entry.name != LOCK_FILE:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != LOCK_FILE:
             entry.unlink()
-    draft = folder / "draft"
-    draft.write_text(json.dumps(dict(identity)), "utf-8")
-    draft.replace(note)
+    _write_note(folder / _IDENTITY_FILE, identity)
+
+
+def _write_note(path: Path, note: Mapping[str, Any]) -> None:
+    """All or nothing, with a digest of its own."""
+    draft = path.with_name("draft")
+    draft.write_text(json.dumps({"note": note, "sha256": _digest_of(note)}), "utf-8")
+    draft.replace(path)
+
+
+def _read_note(path: Path) -> dict[str, Any]:
+    """Empty where there is none that is as it was written."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        note = found["note"]
+        return note if isinstance(note, dict) and found["sha256"] == _digest_of(note) else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def _digest_of(note: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(note).encode()).hexdigest()

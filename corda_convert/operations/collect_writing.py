@@ -1,4 +1,4 @@
-"""A covariance file, or a folder of them with an index, from tensors that lie in other files."""
+"""A covariance file, or a folder of them with an index: from tensors in other files, or from drafts that want a header."""
 
 from __future__ import annotations
 
@@ -142,7 +142,14 @@ def seal_drafts(
 
     Returns the receipt, which a folder holds, with a card.
     """
-    return _put_in_place(output, [_sealed(draft, metadata) for draft in drafts], metadata, sealing, work)
+    for draft in drafts:  # a run with other shards may have left more
+        os.truncate(draft.path, draft.room + sum(spec.nbytes for spec in draft.specs))
+    headers = [encode_header(draft.specs, metadata, least=draft.room) for draft in drafts]
+    hashed = [
+        _hashed(draft, header) for draft, header in zip(drafts, headers, strict=True)
+    ]  # all before any is changed
+    files = [_sealed(*each) for each in zip(drafts, headers, hashed, strict=True)]
+    return _put_in_place(output, files, metadata, sealing, work)
 
 
 def _put_in_place(
@@ -213,17 +220,20 @@ def _write_file(path: Path, tensors: Sequence[OutputTensor], metadata: dict[str,
         return _Written(path, specs, *writer.finish())
 
 
-def _sealed(draft: Draft, metadata: dict[str, str]) -> _Written:
-    """Writes the header into its room, unless it stands there; where that is too small, to a new file, before a copy."""
-    header = encode_header(draft.specs, metadata, least=draft.room)
-    total = sum(spec.nbytes for spec in draft.specs)
-    os.truncate(draft.path, draft.room + total)  # a run with other shards may have left more
+def _hashed(draft: Draft, header: bytes) -> str | None:
+    """The SHA-256 of the draft with this header; None where that has no room."""
     if header == draft.header:
-        return _Written(draft.path, draft.specs, draft.room + total, draft.sha256)
-    if len(header) == draft.room:
-        sha256 = file_sha256(draft.path, head=header)  # first, since no run can go on with another header
-        with ShardWriter(draft.path, b"", draft.room + total, begun=WrittenDigest(0)) as writer:
-            writer.write(0, memoryview(header))
+        return draft.sha256
+    return file_sha256(draft.path, head=header) if len(header) == draft.room else None
+
+
+def _sealed(draft: Draft, header: bytes, sha256: str | None) -> _Written:
+    """Writes the header into its room, unless it stands there; where that is too small, to a new file, before a copy."""
+    total = sum(spec.nbytes for spec in draft.specs)
+    if sha256 is not None:
+        if header != draft.header:
+            with ShardWriter(draft.path, b"", draft.room + total, begun=WrittenDigest(0)) as writer:
+                writer.write(0, memoryview(header))
         return _Written(draft.path, draft.specs, draft.room + total, sha256)
     path = draft.path.with_suffix(".whole")
     with (

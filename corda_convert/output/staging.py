@@ -127,11 +127,11 @@ def staging_folder(
                 with contextlib.suppress(OSError):  # not empty: somebody else uses it by now
                     parent.rmdir()
             if isinstance(error, OSError):
-                raise _refusal(error, output, work) from error
+                raise refusal_of(error, output, work) from error
             raise
 
 
-def _refusal(error: OSError, output: Path, work: Path) -> CordaConvertError:
+def refusal_of(error: OSError, output: Path, work: Path) -> CordaConvertError:
     """What the file system refused, in words: a file elsewhere can only have been read."""
     if isinstance(error.filename, str) and error.filename2 is None and work not in Path(error.filename).parents:
         return MalformedFile(
