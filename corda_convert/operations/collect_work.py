@@ -160,10 +160,10 @@ class Work:
 
     def finished(self, number: int) -> Finished | None:
         """What an earlier run has finished of a part, if it still is as it was written, and at its place."""
-        self.wait()
         note = _read_note(self._note(number))
         if not note:
             return None
+        self.wait()
         headers, digests = dict(self._headers), {file: digest.copy() for file, digest in self._digests.items()}
         try:
             specs = [TensorSpec(str(name), "F32", tuple(shape)) for name, shape, _, _ in note["tensors"]]
