@@ -30,6 +30,22 @@ MADE: dict[str, tuple[object, ...]] = {
 Command = Callable[..., Any]
 
 
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def stopped_at(block: int) -> Callable[..., None]:
+    """What `run_block` is to be, so that it is interrupted there."""
+    run_block = LayerStream.run_block
+
+    def stopping(stream: LayerStream, index: int, *rest: Any) -> None:
+        if index == block:
+            raise KeyboardInterrupt
+        run_block(stream, index, *rest)
+
+    return stopping
+
+
 @pytest.mark.parametrize("action", MADE)
 def test_a_folder_has_a_receipt_that_verify_and_inspect_take(action: str, done: Command, tmp_path: Path) -> None:
     folder = tmp_path / "covs"
@@ -177,15 +193,8 @@ def test_a_file_whose_header_was_foreseen_is_not_read_again(
 def test_a_run_that_goes_on_knows_the_digest_of_what_was_there(
     done: Command, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_block = LayerStream.run_block
-
-    def stopping(stream: LayerStream, index: int, *rest: Any) -> None:
-        if index == 3:
-            raise KeyboardInterrupt
-        run_block(stream, index, *rest)
-
     with monkeypatch.context() as patch:
-        patch.setattr(LayerStream, "run_block", stopping)
+        patch.setattr(LayerStream, "run_block", stopped_at(3))
         assert command(*MADE["collected"], "-o", tmp_path / "covs").status == 130
     done(*MADE["collected"], "-o", tmp_path / "covs")
     assert verify(tmp_path / "covs").is_fine
@@ -197,16 +206,9 @@ def test_a_run_that_goes_on_knows_the_digest_of_what_was_there(
 def test_a_run_goes_on_with_other_shards(
     done: Command, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_block = LayerStream.run_block
-
-    def stopping(stream: LayerStream, index: int, *rest: Any) -> None:
-        if index == 5:
-            raise KeyboardInterrupt
-        run_block(stream, index, *rest)
-
     smaller = (*MADE["collected"][:-1], "60kB")
     with monkeypatch.context() as patch:
-        patch.setattr(LayerStream, "run_block", stopping)
+        patch.setattr(LayerStream, "run_block", stopped_at(5))
         assert command(*MADE["collected"], "-o", tmp_path / "covs").status == 130
     done(*smaller, "-o", tmp_path / "covs")
     done(*smaller, "-o", tmp_path / "straight")
@@ -227,18 +229,6 @@ def test_a_disk_without_room_is_told_before_the_model_runs(
     assert list(tmp_path.iterdir()) == []
 
 
-def stopped_at(block: int) -> Callable[..., None]:
-    """What `run_block` is to be, so that it is interrupted there."""
-    run_block = LayerStream.run_block
-
-    def stopping(stream: LayerStream, index: int, *rest: Any) -> None:
-        if index == block:
-            raise KeyboardInterrupt
-        run_block(stream, index, *rest)
-
-    return stopping
-
-
 def test_a_head_is_collected_alone_and_after_a_run_that_stopped_before_it(
     done: Command, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,10 +243,6 @@ def test_a_head_is_collected_alone_and_after_a_run_that_stopped_before_it(
     done(*both, tmp_path / "both.safetensors")
     done(*both, tmp_path / "straight.safetensors")
     assert (tmp_path / "both.safetensors").read_bytes() == (tmp_path / "straight.safetensors").read_bytes()
-
-
-def interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("change", ["overwrite", "same"])
