@@ -11,19 +11,10 @@ from torch import Tensor
 
 from corda_convert.linalg import covariance, lora, subspace
 from corda_convert.linalg.panels import Cholesky, ShiftedFactors, cholesky_qr2, gram, times, transposed_times
-from corda_convert.linalg.subspace import (
-    End,
-    Factors,
-    Solver,
-    Subspace,
-    WeightedMatrix,
-    balanced_factors,
-    fix_signs,
-    left_subspace,
-    subspace_distance,
-    write_residual,
-)
+from corda_convert.linalg.projection import Factors, balanced_factors, write_residual
+from corda_convert.linalg.subspace import End, Solver, Subspace, fix_signs, left_subspace, subspace_distance
 from corda_convert.linalg.threads import Team
+from corda_convert.linalg.weighted_matrix import WeightedMatrix
 from corda_convert.linalg.weighting import (
     CovarianceWeighting,
     DiagonalWeighting,

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from corda_convert.linalg.panels import PANEL, times
-from corda_convert.linalg.subspace import WeightedMatrix, fix_signs, left_subspace
+from corda_convert.linalg.subspace import fix_signs, left_subspace
 from corda_convert.linalg.threads import Team
+from corda_convert.linalg.weighted_matrix import WeightedMatrix
 from corda_convert.linalg.weighting import NoWeighting, RootWeighting, root_weighting
 
 

@@ -15,9 +15,8 @@ Each ends with a Rayleigh-Ritz step on M itself, not on its square, and with res
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from math import fsum, isfinite
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -34,12 +33,10 @@ from corda_convert.linalg.panels import (
     in_float64,
     orthonormal,
     times,
-    transposed_copy,
-    transposed_times,
 )
-from corda_convert.linalg.scratch import scratch
 from corda_convert.linalg.threads import Team
-from corda_convert.linalg.weighting import NoWeighting, Weighting
+from corda_convert.linalg.weighted_matrix import Images, RecordedSquare, WeightedMatrix
+from corda_convert.linalg.weighting import NoWeighting
 
 End = Literal["top", "bottom"]
 """`top`: the largest singular values (CorDA's ipm, PiSSA). `bottom`: the smallest (CorDA's kpm)."""
@@ -100,50 +97,6 @@ OUTLYING = 1e2
 
 
 @dataclass(frozen=True, slots=True)
-class WeightedMatrix:
-    """`M = W T`: W (d_out, d_in) of any floating dtype, T (d_in, d_in); `M = (I − O Oᵀ) W T` with outliers O (d_out, k).
-
-    `Wt` may hold Wᵀ once more, row by row.
-    """
-
-    W: Tensor
-    T: Weighting
-    outliers: Tensor | None = None
-    Wt: Tensor | None = None
-
-    def by_rows(self, team: Team) -> WeightedMatrix:
-        """The same with a copy of Wᵀ, and of W unless its rows are contiguous: rows are read faster than columns."""
-        if not team.is_cpu:
-            return self
-        W = self.W if self.W.is_contiguous() else transposed_copy(team, self.W.T)
-        return replace(self, W=W, Wt=self.W.T if self.W.T.is_contiguous() else transposed_copy(team, self.W))
-
-    def projected(self, team: Team, U: Tensor) -> Tensor:
-        """`Wᵀ U`, U (d_out, k)."""
-        return transposed_times(team, self.W, U) if self.Wt is None else times(team, self.Wt, U)
-
-    def adjoint(self, team: Team, U: Tensor) -> Tensor:
-        """`Mᵀ U`, U (d_out, k)."""
-        if self.outliers is not None:
-            U = U - self.outliers @ (self.outliers.T @ U)
-        return self.T.transposed_times(team, self.projected(team, U))
-
-    def forward(self, team: Team, Y: Tensor) -> Tensor:
-        """`M Y`, Y (d_in, k)."""
-        Z = times(team, self.W, self.T.times(team, Y))
-        return Z if self.outliers is None else Z.sub_(self.outliers @ (self.outliers.T @ Z))
-
-    def square(self, team: Team, U: Tensor) -> Tensor:
-        """`M Mᵀ U`, U (d_out, k)."""
-        return self.forward(team, self.adjoint(team, U))
-
-    def transposed(self, team: Team) -> Tensor:
-        """`Mᵀ` itself, (d_in, d_out) float64, column by column in memory."""
-        Mt = self.T.product(team, self.W).T
-        return Mt if self.outliers is None else Mt.addmm_(Mt @ self.outliers, self.outliers.T, alpha=-1)
-
-
-@dataclass(frozen=True, slots=True)
 class Subspace:
     """Left singular vectors at one end of a spectrum, by falling singular value.
 
@@ -191,60 +144,6 @@ class Subspace:
 
 
 @dataclass(frozen=True, slots=True)
-class _Images:
-    """What M makes of columns U (d_out, k): `Wᵀ U` and `Mᵀ U` (d_in, k), `M Mᵀ U` (d_out, k)."""
-
-    projected: Tensor
-    adjoint: Tensor
-    square: Tensor
-
-    @classmethod
-    def of(cls, team: Team, M: WeightedMatrix, U: Tensor) -> _Images:
-        """By applying M, which has no outliers taken out of it."""
-        projected = M.projected(team, U)
-        adjoint = M.T.transposed_times(team, projected)
-        return cls(projected, adjoint, M.forward(team, adjoint))
-
-
-@dataclass(slots=True)
-class _RecordedSquare:
-    """`M Mᵀ U`, block after block, with a record: so that nothing that combines the blocks is multiplied with M again."""
-
-    team: Team
-    M: WeightedMatrix
-    blocks: list[_Images] = field(default_factory=list)
-
-    def __call__(self, U: Tensor) -> Tensor:
-        self.blocks.append(_Images.of(self.team, self.M, U))
-        return self.blocks[-1].square.clone()
-
-    def images(self, coefficients: Tensor, others: Tensor) -> _Images:
-        """Those of `[basis @ coefficients | others]`, the basis being all blocks side by side."""
-        more, blocks = _Images.of(self.team, self.M, others), self.blocks
-        return _Images(
-            _combined(self.team, [block.projected for block in blocks], coefficients, more.projected),
-            _combined(self.team, [block.adjoint for block in blocks], coefficients, more.adjoint),
-            _combined(self.team, [block.square for block in blocks], coefficients, more.square),
-        )
-
-
-def _combined(team: Team, blocks: Sequence[Tensor], coefficients: Tensor, others: Tensor) -> Tensor:
-    """`[X @ coefficients | others]`, X being the blocks side by side; it is not put together, since fresh memory is slow."""
-    (height, width), count = blocks[0].shape, coefficients.shape[1]
-    out = torch.empty(height, count + others.shape[1], dtype=others.dtype, device=others.device)
-    out[:, count:] = others
-
-    def panel(rows: slice) -> None:
-        target = out[rows, :count]
-        torch.mm(blocks[0][rows], coefficients[:width], out=target)
-        for place, block in enumerate(blocks[1:], start=1):
-            target.addmm_(block[rows], coefficients[place * width : (place + 1) * width])
-
-    team.each(panel, height, PANEL)
-    return out
-
-
-@dataclass(frozen=True, slots=True)
 class _Candidates:
     """What a solver found: orthonormal columns that hold the wanted vectors, and some of their neighbours.
 
@@ -262,7 +161,7 @@ class _Candidates:
     spectrum: Tensor | None = None
     angle: float | None = None
     outliers: Tensor | None = None
-    images: _Images | None = None
+    images: Images | None = None
 
 
 def load_solvers() -> None:
@@ -415,7 +314,7 @@ def _top(team: Team, M: WeightedMatrix, rank: int) -> _Candidates:
     side = min(d_out, d_in)
     block = _block(rank)
     start = M.forward(team, random_block(d_in, block, M.W))
-    recorded = _RecordedSquare(team, M) if M.outliers is None else None
+    recorded = RecordedSquare(team, M) if M.outliers is None else None
     found = block_lanczos(
         team,
         recorded or (lambda U: M.square(team, U)),
@@ -610,7 +509,7 @@ def _finish(team: Team, M: WeightedMatrix, found: _Candidates, rank: int, end: E
     projected, adjoint = times(team, Y, coefficients), times(team, P, coefficients)
     known = found.images
     square = M.forward(team, adjoint) if known is None else times(team, known.square, coefficients)
-    certified = _certified(team, M, U, _Images(projected, adjoint, square), largest, beside, found.outliers)
+    certified = _certified(team, M, U, Images(projected, adjoint, square), largest, beside, found.outliers)
     if found.angle is not None and beside is not None:
         taken = certified["singular_values"]
         gap = min(abs(float(end_value) - beside) for end_value in (taken[0], taken[-1]))
@@ -640,7 +539,7 @@ def _certified(
     team: Team,
     M: WeightedMatrix,
     U: Tensor,
-    images: _Images,
+    images: Images,
     largest: float,
     neighbour: float | None,
     outliers: Tensor | None,
@@ -693,65 +592,6 @@ def fix_signs(U: Tensor) -> tuple[Tensor, Tensor]:
     signs = torch.sign(U.gather(0, rows))
     signs = torch.where(signs == 0, torch.ones_like(signs), signs)
     return U * signs, signs
-
-
-@dataclass(frozen=True, slots=True)
-class Factors:
-    """`lora_A` (rank, d_in) and `lora_B` (d_out, rank), float32, with `scaling · lora_B @ lora_A = U Uᵀ W`."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    zero_components: int
-
-
-def balanced_factors(found: Subspace, *, scaling: float) -> Factors:
-    """Splits the projection `U Uᵀ W` evenly: `B = U Σ^½ / √s`, `A = Σ^-½ Uᵀ W / √s` (CorDA, eq. 4; Σ Vᵀ C⁻¹ = Uᵀ W).
-
-    A singular value that is zero in float64 does not divide: its component is zero, so it stays in the residual.
-    """
-    sigma = found.singular_values
-    alive = sigma > found.largest * torch.finfo(torch.float64).eps
-    root = torch.where(alive, sigma, torch.ones_like(sigma)).sqrt()
-    A = found.projected.T / root[:, None] * alive[:, None]
-    B = found.U * root * alive
-    share = scaling**-0.5
-    return Factors((A * share).float(), (B * share).float(), int((~alive).sum()))
-
-
-@dataclass(frozen=True, slots=True)
-class Norms:
-    """Squared Frobenius norms: of the weight, of what was taken out of it, and of what rounding the rest cost."""
-
-    weight: float
-    delta: float
-    rounding: float
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether the rest was inside the range of the dtype that it was rounded to."""
-        return isfinite(self.weight + self.delta + self.rounding)
-
-
-def write_residual(team: Team, W: Tensor, factors: Factors, *, scaling: float, out: Tensor) -> Norms:
-    """`W − s·B·A` in float64, with the factors as they are stored, rounded once into `out` (d_out, d_in)."""
-    B, A = factors.lora_B.double(), factors.lora_A.double()
-    sums: dict[int, tuple[float, float, float]] = {}
-
-    def panel(rows: slice) -> None:
-        shape = (rows.stop - rows.start, W.shape[1])
-        exact = scratch("weight", shape, A).copy_(W[rows])
-        delta = torch.mm(B[rows], A, out=scratch("delta", shape, A)).mul_(scaling)
-        squares = _square(exact), _square(delta)
-        exact.sub_(delta)
-        out[rows] = exact
-        sums[rows.start] = (*squares, _square(exact.sub_(delta.copy_(out[rows]))))
-
-    team.each(panel, W.shape[0], PANEL)
-    return Norms(*(fsum(sums[row][place] for row in sorted(sums)) for place in range(3)))
-
-
-def _square(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor)) ** 2
 
 
 def subspace_distance(U: Tensor, reference: Tensor) -> float:

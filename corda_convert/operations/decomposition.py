@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from corda_convert.linalg.subspace import Factors, Solver, Subspace
+    from corda_convert.linalg.projection import Factors
+    from corda_convert.linalg.subspace import Solver, Subspace
     from corda_convert.linalg.threads import Team
 
 Mode = Literal["ipm", "kpm"]
@@ -136,16 +137,18 @@ class _DecomposeSession:
         self.result["seconds"] = time.perf_counter() - begun
 
     def _decompose(self, team: Team, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-        from corda_convert.linalg import subspace as algebra
+        from corda_convert.linalg.projection import balanced_factors
+        from corda_convert.linalg.subspace import left_subspace
+        from corda_convert.linalg.weighted_matrix import WeightedMatrix
 
         transform = self.transform
         self._check_finite(team, inputs["weight"])
         stored = inputs["weight"].to(self.device)
         weight = stored.T if transform.layout == "in_out" else stored
         weighed = self._weigh(team, inputs)
-        found = algebra.left_subspace(
+        found = left_subspace(
             team,
-            algebra.WeightedMatrix(weight, weighed.weighting),
+            WeightedMatrix(weight, weighed.weighting),
             rank=transform.rank,
             end="top" if transform.mode == "ipm" else "bottom",
             solver=transform.solver,
@@ -154,7 +157,7 @@ class _DecomposeSession:
             outputs[transform.names.singular_values].copy_(found.singular_values)
             self.result = {**self._facts(found, 0), **weighed.facts}
             return
-        factors = algebra.balanced_factors(found, scaling=transform.scaling)
+        factors = balanced_factors(found, scaling=transform.scaling)
         for name, factor in ((transform.names.lora_A, factors.lora_A), (transform.names.lora_B, factors.lora_B)):
             if name is not None:
                 outputs[name].copy_(factor)
@@ -165,7 +168,7 @@ class _DecomposeSession:
         """The residual in its place, or only the norms where it is not asked for."""
         import torch
 
-        from corda_convert.linalg import subspace as algebra
+        from corda_convert.linalg.projection import write_residual
 
         name = self.transform.names.residual
         target = outputs[name] if name is not None else None
@@ -175,7 +178,7 @@ class _DecomposeSession:
             out = target.T if self.transform.layout == "in_out" else target
         else:
             out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-        norms = algebra.write_residual(team, weight, factors, scaling=self.transform.scaling, out=out)
+        norms = write_residual(team, weight, factors, scaling=self.transform.scaling, out=out)
         if not norms.is_finite:
             raise NotFinite(
                 f"The residual of {self.transform.weight.name} is outside the range of {dtype}.",
