@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from corda_convert.linalg.gram import add_in_float64
 from corda_convert.linalg.scratch import scratch
 
 if TYPE_CHECKING:
@@ -26,9 +27,6 @@ SUMMED = 64
 
 STRIP = 256
 """Rows of the product that are computed together, from the diagonal on."""
-
-ADDED_ELEMENTS = 1 << 17
-"""So many float32 numbers are converted together to be added to float64 ones: 1 MB of these."""
 
 
 def is_exact_in_bfloat16(rows: Tensor) -> bool:
@@ -101,20 +99,10 @@ def add_gram_of_columns(
         block = scratch("strip", (left.shape[0], right.shape[1]), X) if group is None else group[rows, rows.start :]
         torch.addmm(block, left, right, alpha=factor, beta=0 if is_first else 1, out=block)
         if total is not None:
-            _add(total[rows, rows.start :], block, is_first=is_total_first)
+            add_in_float64(total[rows, rows.start :], block, is_first=is_total_first)
 
     with _bfloat16_products():
         team.each(add, X.shape[0], STRIP)
-
-
-def _add(total: Tensor, block: Tensor, *, is_first: bool) -> None:
-    if is_first:
-        total.copy_(block)
-        return
-    step = max(ADDED_ELEMENTS // block.shape[1], 1)
-    for begin in range(0, block.shape[0], step):
-        part = block[begin : begin + step]
-        total[begin : begin + step].add_(scratch("added", tuple(part.shape), total).copy_(part))
 
 
 @contextmanager

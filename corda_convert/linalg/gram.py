@@ -22,6 +22,9 @@ PANEL = 512
 ROWS = 256
 """Rows whose absolute values are summed together."""
 
+ADDED_ELEMENTS = 1 << 18
+"""So many float32 numbers are converted together to be added to float64 ones: a block, or 2 MB of these."""
+
 
 class Spare:
     """Matrices on a CPU that are used again: fresh memory costs more than what is computed in it."""
@@ -99,16 +102,20 @@ def add_gram(
 
 def add_group(team: Team, total: Tensor, group: Tensor, *, is_first: bool) -> None:
     """Adds float32 sums to float64 ones, on and above the diagonal; with `is_first` they take the place of what is there."""
+    team.all(lambda place: add_in_float64(total[place], group[place], is_first=is_first), _blocks(total))
+
+
+def add_in_float64(total: Tensor, block: Tensor, *, is_first: bool) -> None:
+    """Adds float32 numbers to float64 ones; with `is_first` they take the place of what is there."""
     from corda_convert.linalg.scratch import scratch
 
-    def add(place: tuple[slice, slice]) -> None:
-        block = total[place]
-        if is_first:
-            block.copy_(group[place])
-        else:
-            block.add_(scratch("group", tuple(block.shape), block).copy_(group[place]))
-
-    team.all(add, _blocks(total))
+    if is_first:
+        total.copy_(block)
+        return
+    step = max(ADDED_ELEMENTS // block.shape[1], 1) if block.device.type == "cpu" else block.shape[0]
+    for begin in range(0, block.shape[0], step):
+        part = block[begin : begin + step]
+        total[begin : begin + step].add_(scratch("added", tuple(part.shape), total).copy_(part))
 
 
 def _blocks(upper: Tensor) -> list[tuple[slice, slice]]:

@@ -26,7 +26,7 @@ def seal(job: CollectJob, work: Work, parts: Sequence[Finished], begun: float) -
     drafts = []
     for file, specs in _files(parts).items():
         header, sha256 = work.hashed(file)
-        drafts.append(Draft(work.draft(file), tuple(specs), job.room().header, header, sha256))
+        drafts.append(Draft(work.draft(file), tuple(specs), len(header), header, sha256))
     aliases, tokens = _aliases(parts), _tokens(parts)
     starved = [name for name, count in tokens.items() if count == 0]
     warnings = [f"No token reached {some(starved)}."] if starved else []
@@ -55,6 +55,7 @@ def expected_headers(job: CollectJob, number: int, first: Finished) -> dict[int,
     mine, earlier = names[number - 1], names[: number - 1]
     if job.wanted.stacks or job.wanted.outside(blocks) or any(job.wanted.within(name) for name in earlier):
         return {}
+    room = job.room()
     parts, last = [first], first.tensors[-1]
     for name in names[number:]:
         like = _of_block(first, mine, name)
@@ -63,11 +64,11 @@ def expected_headers(job: CollectJob, number: int, first: Finished) -> dict[int,
             continue
         if wanted.keys() != like.tokens.keys() | like.aliases.keys():
             return {}
-        tensors = job.room().placed([tensor.spec for tensor in like.tensors], last)
+        tensors = room.placed([tensor.spec for tensor in like.tensors], last)
         parts.append(replace(like, tensors=tensors))
         last = tensors[-1]
     metadata = _metadata(job, parts)
-    return {file: encode_header(specs, metadata, least=job.room().header) for file, specs in _files(parts).items()}
+    return {file: encode_header(specs, metadata, least=room.header) for file, specs in _files(parts).items()}
 
 
 def _of_block(part: Finished, block: str, other: str) -> Finished:

@@ -23,7 +23,7 @@ from corda_convert.operations.collect_stage import StageResult
 from corda_convert.output.digests import WrittenDigest
 from corda_convert.output.direct import DirectWriting
 from corda_convert.output.shard_writer import ShardWriter
-from corda_convert.output.staging import LOCK_FILE, can_go_on, left_by_another, locked, refusal_of, work_folder
+from corda_convert.output.staging import can_go_on, empty, left_by_another, locked, refusal_of, work_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -250,11 +250,7 @@ def _begin(folder: Path, identity: Mapping[str, str], *, overwrite: bool) -> Non
         return
     if left and any(folder.glob("part-*.json")) and not overwrite:
         raise left_by_another(folder, left, identity)
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        elif entry.name != LOCK_FILE:
-            entry.unlink()
+    empty(folder)
     _write_note(folder / _IDENTITY_FILE, identity)
 
 

@@ -186,16 +186,21 @@ def _begin(work: Path, identity: Mapping[str, str] | None, *, overwrite: bool) -
         return
     if identity is not None and left and has_notes(work / "journal") and not overwrite:
         raise left_by_another(work, left, identity)
-    for entry in work.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        elif entry.name != LOCK_FILE:
-            entry.unlink()
+    empty(work)
     (work / "output").mkdir()
     if identity is not None:
         draft = work / "draft"
         draft.write_text(json.dumps({"format": "corda_convert.unfinished", "identity": dict(identity)}), "utf-8")
         draft.replace(work / _IDENTITY_FILE)
+
+
+def empty(work: Path) -> None:
+    """Removes all but the lock."""
+    for entry in work.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != LOCK_FILE:
+            entry.unlink()
 
 
 def left_by_another(work: Path, left: Mapping[str, str], identity: Mapping[str, str]) -> OutputRefused:
